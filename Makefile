@@ -1,0 +1,36 @@
+# Every target sets up .venv first. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+NEQBENCH := $(VENV)/bin/neqbench
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test lint cifar10 report
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-9s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.done ## install into .venv
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+bench: setup ## train baseline, NEq and control on handwritten digits; print the report
+	$(NEQBENCH) run digits $(ARGS)
+
+cifar10: setup ## the paper's CIFAR-10 suite (250 epochs; wants a GPU)
+	$(NEQBENCH) run cifar10 $(ARGS)
+
+report: setup ## print the report of everything below results/
+	$(NEQBENCH) report results $(ARGS)
+
+test: setup ## the tests that CI runs
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

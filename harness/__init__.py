@@ -1,0 +1,1 @@
+"""Benchmark harness: what freezing neurons saves in training, and what it costs in accuracy."""

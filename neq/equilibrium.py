@@ -1,0 +1,224 @@
+"""How much each neuron's output changed since the last epoch: phi, delta-phi, velocity.
+
+phi is the cosine between a neuron's outputs on the validation set now and one epoch ago (NEq,
+equation 2). Nothing is stored between epochs but last epoch's parameters and buffers: both models
+run on each batch and per-neuron sums are accumulated in float64.
+"""
+
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from neq.neurons import Layer, NeuronIndex
+
+Similarity = Literal["dataset", "sample"]
+Recursion = Literal["paper", "reference"]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """phi, delta-phi and velocity after an epoch: float64 [neurons], NaN until defined."""
+
+    phi: Tensor
+    delta_phi: Tensor
+    velocity: Tensor
+
+    @classmethod
+    def undefined(cls, neurons: int) -> Self:
+        """The reading before any epoch: all NaN."""
+        return cls(*(torch.full((neurons,), torch.nan, dtype=torch.float64) for _ in range(3)))
+
+    def advance(self, phi: Tensor, *, mu: float, recursion: Recursion) -> "Reading":
+        """The next epoch's reading from its `phi` [neurons].
+
+        "paper" (section 3.2): v = delta − mu · v_before, the first v being the first delta.
+        "reference" (the authors' code): v = delta − delta_before + mu · v_before, starting from
+        phi = 1, delta = 0, v = 0.
+        """
+        velocity = self.velocity.nan_to_num(0.0)
+        if recursion == "paper":
+            delta = phi - self.phi
+            return Reading(phi, delta, delta - mu * velocity)
+        delta = phi - self.phi.nan_to_num(1.0)
+        return Reading(phi, delta, delta - self.delta_phi.nan_to_num(0.0) + mu * velocity)
+
+
+@torch.no_grad()
+def snapshot(model: nn.Module, into: State | None = None) -> State:
+    """Copies of all parameters and buffers (reusing `into`), for `phi` one epoch later."""
+    if into is None:
+        return {name: tensor.detach().clone() for name, tensor in _state(model).items()}
+    for name, tensor in _state(model).items():
+        into[name].copy_(tensor)
+    return into
+
+
+def _state(model: nn.Module) -> State:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def phi(
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    neurons: NeuronIndex,
+    similarity: Similarity,
+) -> Tensor:
+    """Cosine of each neuron's outputs between `model` and its state `before`: float64 [neurons].
+
+    "dataset" (the paper): all outputs concatenated, one cosine. "sample" (the authors' code): the
+    mean of one cosine per sample. Both outputs zero: 1; exactly one: 0. NaN for a layer that was
+    not called. `batches` yields inputs, or tuples that begin with them. The model's training
+    modes, buffers and every global random stream are left as they were.
+
+    Raises ValueError where `batches` is empty, TypeError for an input that is no tensor.
+    """
+    device = next(model.parameters()).device
+    comparison = _Comparison(neurons, similarity)
+    with _evaluation(model, device), comparison.hooks():
+        for batch in batches:
+            inputs = _inputs(batch, device)
+            comparison.begin(inputs.shape[0])
+            functional_call(model, _arguments(model, before), (inputs,))
+            comparison.recording = False
+            functional_call(model, _arguments(model, _state(model)), (inputs,))
+            comparison.end()
+    if not comparison.batches:
+        raise ValueError("the validation set is empty: phi needs at least one sample")
+    return comparison.result()
+
+
+class _Comparison:
+    """Per-neuron sums over the outputs of two runs; holds the outputs of one batch at a time."""
+
+    def __init__(self, neurons: NeuronIndex, similarity: Similarity) -> None:
+        self.neurons = neurons
+        self.similarity = similarity
+        self.batches = 0
+        self.recording = True
+        self._samples = 0
+        self._before: dict[str, list[Tensor]] = {}
+        self._batch: dict[str, Tensor] = {}
+        self._total: dict[str, Tensor] = {}
+        self._count: dict[str, int] = defaultdict(int)
+        self._unmatched: set[str] = set()
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = [
+            layer.module.register_forward_hook(self._hook(layer)) for layer in self.neurons.layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            # An in-place activation overwrites the output next: copy or reduce at once.
+            if self.recording:
+                self._before.setdefault(layer.name, []).append(output.clone())
+            else:
+                self._compare(layer, output)
+
+        return hook
+
+    def begin(self, samples: int) -> None:
+        self.batches += 1
+        self.recording = True
+        self._samples = samples
+        self._before, self._batch = {}, {}
+
+    def _compare(self, layer: Layer, output: Tensor) -> None:
+        recorded = self._before.get(layer.name)
+        if not recorded or recorded[0].shape != output.shape:
+            self._unmatched.add(layer.name)  # routed by the data: no like to compare with
+            return
+        a = _by_sample(recorded.pop(0), layer.axis, self._samples)
+        b = _by_sample(output, layer.axis, self._samples)
+        sums = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
+        self._batch[layer.name] = self._batch.get(layer.name, 0.0) + sums
+
+    def end(self) -> None:
+        self._unmatched.update(name for name, left in self._before.items() if left)
+        for name, sums in self._batch.items():
+            values = sums.sum(1) if self.similarity == "dataset" else _cosine(sums).sum(0)
+            self._total[name] = self._total.get(name, 0.0) + values
+            self._count[name] += sums.shape[1]
+
+    def result(self) -> Tensor:
+        result = torch.full((len(self.neurons),), torch.nan, dtype=torch.float64)
+        for name, total in self._total.items():
+            if name not in self._unmatched:
+                dataset = self.similarity == "dataset"
+                values = _cosine(total) if dataset else total / self._count[name]
+                result[self.neurons[name]] = values.cpu()
+        return result
+
+
+def _by_sample(output: Tensor, axis: int, samples: int) -> Tensor:
+    """float64 [samples, positions, neurons]; one row where samples are not the outermost axis."""
+    output = output.detach().to(torch.float64).movedim(axis, -1)
+    outermost = output.shape[0] % samples == 0
+    return output.reshape(samples if outermost else 1, -1, output.shape[-1])
+
+
+def _cosine(sums: Tensor) -> Tensor:
+    """Cosine from stacked (a·b, a·a, b·b), with 0/0 = 1 and x/0 = 0."""
+    dot, aa, bb = sums
+    cosine = (dot / (aa.sqrt() * bb.sqrt())).clamp(-1.0, 1.0)
+    cosine = torch.where((aa == 0) | (bb == 0), 0.0, cosine)
+    return torch.where((aa == 0) & (bb == 0), 1.0, cosine)
+
+
+def _inputs(batch: Any, device: torch.device) -> Tensor:
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"a validation batch must begin with a tensor, not {type(inputs).__name__}")
+    return _full_precision(inputs.to(device))
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _arguments(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """`state` without half precision; buffers, which a forward may change in place, are copies."""
+    buffers = dict(model.named_buffers())
+    return {
+        name: _full_precision(tensor.clone() if name in buffers else tensor)
+        for name, tensor in state.items()
+    }
+
+
+@contextmanager
+def _evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode, no gradients, plain float32, and every random stream restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    cuda = [device] if device.type == "cuda" else []
+    exact = torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    try:
+        model.eval()
+        half = torch.autocast(device.type, enabled=False)
+        with torch.random.fork_rng(cuda), torch.no_grad(), exact, half:
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])

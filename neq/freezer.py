@@ -1,0 +1,161 @@
+"""NeuronFreezer: ties index, readings, policy and gradients to a model and its optimizer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from neq.equilibrium import Reading, Similarity, phi, snapshot
+from neq.neurons import NeuronIndex
+from neq.policies import AtEquilibrium, Policy
+from neq.selective import SelectiveGradients
+
+# Names under which torch's optimizers keep their first moment (SGD, RMSprop; the Adam family).
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+
+
+class NeuronFreezer:
+    """Freezes the neurons that `policy` names; the training loop stays as it is.
+
+    Call `update(validation_batches)` once before epoch 0 (nothing freezes yet) and after every
+    epoch. A frozen row is bit-identical at the end of the epoch under any torch optimizer but
+    LBFGS (no gradient, weight decay or momentum); its first moment is zero when it trains again.
+    Layers under `exclude` (module names or dotted prefixes) are read but never frozen.
+
+    Raises ValueError for an unknown exclude, LBFGS, or a model without a supported layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        policy: Policy | None = None,
+        *,
+        exclude: Iterable[str] = (),
+        similarity: Similarity = "dataset",
+    ) -> None:
+        if similarity not in ("dataset", "sample"):
+            raise ValueError(f"similarity must be 'dataset' or 'sample', got {similarity!r}")
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude must be a list of names; write [{exclude!r}]")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS moves all parameters along one direction: rows can't freeze")
+        self.policy: Policy = AtEquilibrium() if policy is None else policy
+        self.similarity: Similarity = similarity
+        self._model = _unwrapped(model)
+        self.neurons = NeuronIndex(self._model)
+        if not self.neurons:
+            raise ValueError("the model has no convolution, linear or normalisation layer")
+        self._freezable = ~self.neurons.select(exclude)
+        self._optimizer = optimizer
+        self._gradients = SelectiveGradients(self.neurons.layers)
+        self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self.epoch = 0
+        self.frozen = torch.zeros(len(self.neurons), dtype=torch.bool)
+        self.reading = Reading.undefined(len(self.neurons))
+        self._before: dict[str, Tensor] | None = None
+
+    def update(self, validation_batches: Iterable[Any] = ()) -> None:
+        """Read phi, delta-phi and velocity, then freeze and unfreeze for the coming epoch.
+
+        `validation_batches`: input tensors [samples, …], or tuples that begin with one, as a
+        DataLoader yields them; not looked at by a policy that needs no velocity.
+        """
+        if self.policy.needs_velocity:
+            if self._before is not None:
+                values = phi(
+                    self._model, self._before, validation_batches, self.neurons, self.similarity
+                )
+                self.reading = self.reading.advance(
+                    values, mu=self.policy.mu, recursion=self.policy.recursion
+                )
+            self._before = snapshot(self._model, into=self._before)
+        mask = torch.zeros_like(self.frozen)
+        if self.epoch:
+            mask = self.policy.frozen(self.epoch, self.neurons, self.reading.velocity)
+        self.freeze(mask)
+        self.epoch += 1
+
+    @torch.no_grad()
+    def freeze(self, mask: Tensor) -> None:
+        """Freeze exactly the neurons of `mask` (bool [neurons]) that are not excluded."""
+        if mask.dtype != torch.bool or mask.shape != self.frozen.shape:
+            raise ValueError(
+                f"mask must be bool [{len(self.neurons)}], got {mask.dtype} {list(mask.shape)}"
+            )
+        before, self.frozen = self.frozen, mask.cpu() & self._freezable
+        self._gradients.select(self.frozen)
+        self._gradients.apply()
+        self._reset_first_moments(before | self.frozen)
+
+    def _reset_first_moments(self, neurons: Tensor) -> None:
+        for layer in self.neurons.layers:
+            rows = neurons[layer.neurons].nonzero().squeeze(1)
+            for parameter in layer.parameters if len(rows) else ():
+                state = self._optimizer.state.get(parameter, {})
+                for name in FIRST_MOMENTS:
+                    moment = state.get(name)
+                    if moment is not None:
+                        moment.index_fill_(0, rows.to(moment.device), 0)
+
+    @torch.no_grad()
+    def _before_step(self, *_: Any) -> None:
+        self._gradients.apply()
+        self._kept = [(p, rows, p[rows]) for p, rows in self._gradients.partly_frozen()]
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        # Weight decay and second-moment optimizers move rows whose gradient is zero.
+        for parameter, rows, values in self._kept:
+            parameter[rows] = values
+        self._kept = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: tensors and plain values, copied."""
+        return {
+            "layers": {name: part.stop - part.start for name, part in self.neurons.items()},
+            "epoch": self.epoch,
+            "frozen": self.frozen.clone(),
+            "phi": self.reading.phi.clone(),
+            "delta_phi": self.reading.delta_phi.clone(),
+            "velocity": self.reading.velocity.clone(),
+            "before": {name: t.clone() for name, t in (self._before or {}).items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; raises ValueError for another model's state."""
+        layers = {name: part.stop - part.start for name, part in self.neurons.items()}
+        if state["layers"] != layers:
+            raise ValueError("the state belongs to a model with other layers or sizes")
+        device = next(self._model.parameters()).device
+        self.epoch = state["epoch"]
+        self.frozen = state["frozen"].clone()
+        self.reading = Reading(
+            state["phi"].clone(), state["delta_phi"].clone(), state["velocity"].clone()
+        )
+        before = {name: t.to(device, copy=True) for name, t in state["before"].items()}
+        self._before = before or None
+        self._gradients.select(self.frozen)
+
+    def remove(self) -> None:
+        """Unhook from model and optimizer: plain training from here on."""
+        self._gradients.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel or torch.compile's wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, wrappers) else inner
+        if inner is model:
+            return model
+        model = inner

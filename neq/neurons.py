@@ -1,0 +1,123 @@
+"""Every neuron of a model in one flat index.
+
+A neuron is one output channel of a convolution or linear layer and, separately, one channel of a
+normalisation layer (NEq, section 3; the reference code counts them the same way).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Layers whose neurons can freeze, with the axis of their output that holds the neurons.
+# By exact type: a subclass may mean something else (torchvision's LayerNorm2d norms axis 1).
+NEURON_AXIS: dict[type[nn.Module], int] = {
+    nn.Linear: -1,
+    nn.Conv1d: -2,
+    nn.Conv2d: -3,
+    nn.Conv3d: -4,
+    nn.BatchNorm1d: 1,
+    nn.BatchNorm2d: 1,
+    nn.BatchNorm3d: 1,
+    nn.SyncBatchNorm: 1,
+    nn.GroupNorm: 1,
+    nn.LayerNorm: -1,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer of the index: row i of each parameter belongs to neuron `neurons.start + i`."""
+
+    name: str
+    module: nn.Module
+    neurons: slice
+    axis: int
+
+    @property
+    def size(self) -> int:
+        """Number of neurons."""
+        return int(self.neurons.stop - self.neurons.start)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Weight and, where there is one, bias; both have one row per neuron."""
+        return list(self.module.parameters(recurse=False))
+
+
+class NeuronIndex:
+    """The neurons of a model, in the order in which its modules are registered.
+
+    `len()` is the number of neurons; `index["layer1.0.conv1"]` is that layer's slice;
+    `.items()` yields (layer name, slice). `.unsupported` maps the other modules that hold
+    parameters to the reason why their neurons never freeze.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        self.unsupported: dict[str, str] = {}
+        self.layers: tuple[Layer, ...] = ()
+        start = 0
+        for name, module in model.named_modules():
+            if not any(True for _ in module.parameters(recurse=False)):
+                continue
+            reason = _why_unsupported(module, owners)
+            if reason:
+                self.unsupported[name] = reason
+                continue
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            neurons = slice(start, start + weight.shape[0])
+            self.layers += (Layer(name, module, neurons, NEURON_AXIS[type(module)]),)
+            start = neurons.stop
+        self._size = start
+        self._slices = {layer.name: layer.neurons for layer in self.layers}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __bool__(self) -> bool:
+        return self._size > 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slices
+
+    def __getitem__(self, name: str) -> slice:
+        return self._slices[name]
+
+    def items(self) -> Iterable[tuple[str, slice]]:
+        """(layer name, slice of its neurons) in order."""
+        return self._slices.items()
+
+    def select(self, names: Iterable[str]) -> Tensor:
+        """Bool [neurons]: True for the layers named, each by its name or a dotted prefix of it.
+
+        Raises ValueError for a name that matches no layer.
+        """
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        for prefix in names:
+            found = [s for n, s in self.items() if n == prefix or n.startswith(f"{prefix}.")]
+            if not found:
+                raise ValueError(f"no layer is called {prefix!r}; layers: {', '.join(self)}")
+            for neurons in found:
+                mask[neurons] = True
+        return mask
+
+
+def _why_unsupported(module: nn.Module, owners: Counter[int]) -> str:
+    """Empty where every row of the module's parameters belongs to one neuron, else the reason."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if type(module) not in NEURON_AXIS:
+        return f"{type(module).__name__} is not a supported layer"
+    if not parameters.keys() <= {"weight", "bias"} or "weight" not in parameters:
+        return "its weight is parametrised"
+    if any(owners[id(p)] > 1 for p in parameters.values()):
+        return "its parameters are shared with another module"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return "it normalises over more than the last axis"
+    return ""

@@ -1,0 +1,150 @@
+"""Who trains in the coming epoch: each policy turns readings into a mask of frozen neurons."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from neq.equilibrium import Recursion
+from neq.neurons import NeuronIndex
+
+
+class Policy(Protocol):
+    """What NeuronFreezer asks of a policy."""
+
+    @property
+    def needs_velocity(self) -> bool:
+        """Whether the validation set is evaluated at all."""
+        ...
+
+    @property
+    def mu(self) -> float:
+        """Momentum of the velocity (neq.Reading.advance)."""
+        ...
+
+    @property
+    def recursion(self) -> Recursion:
+        """Recursion of the velocity (neq.Reading.advance)."""
+        ...
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """Bool [neurons]: who stands still in `epoch` (≥ 1), given `velocity` float64 [neurons]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _NoVelocity:
+    needs_velocity: ClassVar[bool] = False
+    mu: ClassVar[float] = 0.0
+    recursion: ClassVar[Recursion] = "paper"
+
+
+@dataclass(frozen=True, slots=True)
+class Everyone(_NoVelocity):
+    """All neurons train: plain training."""
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """Nobody."""
+        return torch.zeros(len(neurons), dtype=torch.bool)
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeAfter(_NoVelocity):
+    """All neurons stand still from the given epoch (counted from 0) on."""
+
+    epoch: int
+
+    def __post_init__(self) -> None:
+        if self.epoch < 1:
+            raise ValueError(f"epoch must be at least 1, got {self.epoch}: epoch 0 always trains")
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """Everybody from `self.epoch` on."""
+        return torch.full((len(neurons),), epoch >= self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Random(_NoVelocity):
+    """floor((1 − keep) · C) neurons of each layer, drawn anew every epoch from `seed`."""
+
+    keep: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """A draw that depends on (seed, epoch) alone, so that it needs no state."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        mask = torch.zeros(len(neurons), dtype=torch.bool)
+        for _, part in neurons.items():
+            size = part.stop - part.start
+            drawn = torch.randperm(size, generator=generator)
+            mask[part.start + drawn[: _share(self.keep, size)]] = True
+        return mask
+
+
+@dataclass(frozen=True, slots=True)
+class AtEquilibrium:
+    """Neurons whose |velocity| is below `eps` (NEq, section 3.2).
+
+    `recursion="paper"` compares strictly; `"reference"`, the authors' code, with ≤.
+    """
+
+    eps: float = 1e-3
+    mu: float = 0.5
+    recursion: Recursion = "paper"
+    needs_velocity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ValueError(f"eps must be at least 0, got {self.eps}")
+        _check_mu(self.mu, self.recursion)
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """Those at equilibrium; an undefined (NaN) velocity is not."""
+        speed = velocity.abs()
+        return speed < self.eps if self.recursion == "paper" else speed <= self.eps
+
+
+@dataclass(frozen=True, slots=True)
+class SmallestVelocity:
+    """floor((1 − keep) · C) neurons of each layer, those with the smallest |velocity|."""
+
+    keep: float
+    mu: float = 0.5
+    recursion: Recursion = "paper"
+    needs_velocity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+        _check_mu(self.mu, self.recursion)
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """The slowest of each layer, the first of equals; an undefined velocity never freezes."""
+        mask = torch.zeros(len(neurons), dtype=torch.bool)
+        speed = velocity.abs().nan_to_num(torch.inf)
+        for _, part in neurons.items():
+            slowest = torch.argsort(speed[part], stable=True)
+            mask[part.start + slowest[: _share(self.keep, part.stop - part.start)]] = True
+        return mask & ~velocity.isnan()
+
+
+def _share(keep: float, size: int) -> int:
+    """floor((1 − keep) · size) in decimal arithmetic: keep 0.8 of 10 leaves 2, not 1."""
+    return math.floor((1 - Fraction(str(keep))) * size)
+
+
+def _check_keep(keep: float) -> None:
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep must be between 0 and 1, got {keep}")
+
+
+def _check_mu(mu: float, recursion: str) -> None:
+    if not 0 <= mu < 1:
+        raise ValueError(f"mu must be in [0, 1), got {mu}")
+    if recursion not in ("paper", "reference"):
+        raise ValueError(f"recursion must be 'paper' or 'reference', got {recursion!r}")

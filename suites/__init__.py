@@ -1,0 +1,1 @@
+"""Workloads: one folder each, with its suite file, its data and its model."""

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.vision import torchvision
+
+
+@pytest.fixture(scope="session")
+def vision():
+    return torchvision()
+
+
+class Net(nn.Module):
+    """Every kind of layer that matters, an in-place activation, and one dead neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4, bias=False)
+        self.norm = nn.GroupNorm(2, 8)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.2)
+        self.fc1 = nn.Linear(8, 6)
+        self.ln = nn.LayerNorm(6)
+        self.fc2 = nn.Linear(6, 4)
+        self.fc2.register_buffer("calls", torch.zeros(()))
+        with torch.no_grad():
+            self.conv.weight[3] = 0
+            self.conv.bias[3] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv(x)))
+        x = self.relu(self.norm(self.grouped(x)))
+        x = self.relu(self.ln(self.fc1(self.drop(x.mean((2, 3))))))
+        self.fc2.calls += 1  # a buffer that even an evaluation changes
+        return self.fc2(x)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def train_epoch(model, optimizer, batches) -> None:
+    model.train()
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def random_batches(count=3, size=8, classes=4, shape=(3, 6, 6), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, *shape, generator=generator),
+            torch.randint(classes, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]

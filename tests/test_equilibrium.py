@@ -1,0 +1,237 @@
+import copy
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from conftest import random_batches, train_epoch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import neq
+from neq.equilibrium import phi, snapshot
+
+
+def outputs_of(model, batches):
+    """All outputs of every layer, stored: name → [samples, neurons, positions], float64."""
+    model = copy.deepcopy(model).eval()
+    stored = {}
+
+    def keep(name, axis):
+        def hook(_module, _args, output):
+            values = output.detach().clone().double().movedim(axis, 1)
+            stored.setdefault(name, []).append(values.reshape(*values.shape[:2], -1))
+
+        return hook
+
+    for layer in neq.NeuronIndex(model).layers:
+        layer.module.register_forward_hook(keep(layer.name, layer.axis))
+    with torch.no_grad():
+        for inputs, _ in batches:
+            model(inputs)
+    return {name: torch.cat(values) for name, values in stored.items()}
+
+
+def cosine(a, b):
+    norms = a.norm() * b.norm()
+    if norms == 0:
+        return 1.0 if a.norm() == b.norm() else 0.0
+    return float(a @ b / norms)
+
+
+def naive_phi(now, before, similarity):
+    result = []
+    for name in now:
+        a, b = now[name], before[name]
+        for i in range(a.shape[1]):
+            if similarity == "dataset":
+                result.append(cosine(a[:, i].flatten(), b[:, i].flatten()))
+            else:
+                samples = [cosine(a[n, i], b[n, i]) for n in range(len(a))]
+                result.append(sum(samples) / len(samples))
+    return torch.tensor(result, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("similarity", ["dataset", "sample"])
+@pytest.mark.parametrize("recursion", ["paper", "reference"])
+def test_readings_agree_with_stored_outputs(net, similarity, recursion):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    policy = neq.AtEquilibrium(eps=0.0, mu=0.5, recursion=recursion)
+    freezer = neq.NeuronFreezer(net, optimizer, policy, similarity=similarity)
+    validation, training = random_batches(2, 7, seed=1), random_batches(seed=2)
+    freezer.update(validation)
+    before = outputs_of(net, validation)
+    last_phi, last_delta, velocity = None, None, None
+    for epoch in range(4):
+        train_epoch(net, optimizer, training)
+        with torch.no_grad():
+            net.conv.weight[3] = 0  # stays dead: its outputs are zero in every epoch
+            net.conv.bias[3] = 0
+        now = outputs_of(net, validation)
+        expected = naive_phi(now, before, similarity)
+        if recursion == "reference":
+            last_phi = torch.ones_like(expected) if last_phi is None else last_phi
+            last_delta = torch.zeros_like(expected) if last_delta is None else last_delta
+            velocity = torch.zeros_like(expected) if velocity is None else velocity
+        freezer.freeze(torch.zeros_like(freezer.frozen))
+        freezer.update(validation)
+        assert torch.allclose(freezer.reading.phi, expected, atol=1e-6, rtol=0)
+        assert freezer.reading.phi[3] == 1.0
+        if last_phi is not None:
+            delta = expected - last_phi
+            if recursion == "paper":
+                velocity = delta if velocity is None else delta - 0.5 * velocity
+            else:
+                velocity = delta - last_delta + 0.5 * velocity
+            last_delta = delta
+            assert torch.allclose(freezer.reading.delta_phi, delta, atol=1e-6, rtol=0)
+            assert torch.allclose(freezer.reading.velocity, velocity, atol=1e-6, rtol=0)
+        else:
+            assert epoch == 0
+            assert freezer.reading.velocity.isnan().all()
+        before, last_phi = now, expected
+
+
+def test_the_recursions_by_hand():
+    values = [0.5, 0.9, 0.8, 0.8]
+    paper, reference = neq.Reading.undefined(1), neq.Reading.undefined(1)
+    # paper: delta nan, 0.4, -0.1, 0; v = nan, 0.4, -0.1 - 0.2, 0 + 0.15
+    # reference: delta -0.5, 0.4, -0.1, 0; u = -0.5, 0.9 - 0.25, -0.5 + 0.325, 0.1 - 0.0875
+    by_hand = [(math.nan, -0.5), (0.4, 0.65), (-0.3, -0.175), (0.15, 0.0125)]
+    for value, (v, u) in zip(values, by_hand, strict=True):
+        phi_now = torch.tensor([value], dtype=torch.float64)
+        paper = paper.advance(phi_now, mu=0.5, recursion="paper")
+        reference = reference.advance(phi_now, mu=0.5, recursion="reference")
+        assert float(paper.velocity) == pytest.approx(v, nan_ok=True)
+        assert float(reference.velocity) == pytest.approx(u)
+
+
+def test_a_zero_output_is_alike_to_zero_and_unlike_anything_else():
+    layer = nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]))
+    before = snapshot(layer)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [-3.0, 0.0]]))
+    values = phi(layer, before, [torch.ones(4, 2)], neq.NeuronIndex(layer), "dataset")
+    assert values.tolist() == [1.0, 0.0, -1.0]
+
+
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(3, 3)
+        self.unused = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.used(self.used(x))
+
+
+def test_calls_are_concatenated_and_a_layer_not_called_is_nan_and_trains():
+    torch.manual_seed(0)
+    model = _Twice()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezer = neq.NeuronFreezer(model, optimizer, neq.AtEquilibrium(eps=1e9))
+    x = torch.randn(5, 3)
+
+    def both():
+        first = model.used(x).detach().double()
+        return torch.cat([first, model.used(first.float()).detach().double()])
+
+    freezer.update([x])
+    before = both()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        freezer.update([x])
+        after = both()
+        expected = torch.nn.functional.cosine_similarity(before, after, dim=0)
+        assert torch.allclose(freezer.reading.phi[:3], expected, atol=1e-6)
+        before = after
+    assert freezer.reading.phi[3:].isnan().all()
+    assert freezer.frozen.tolist() == [True] * 3 + [False] * 2
+
+
+def test_deciding_leaves_no_trace(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    freezer = neq.NeuronFreezer(net, optimizer)
+    net.train()
+    net.bn.eval()
+    data = TensorDataset(torch.randn(10, 3, 6, 6))
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    torch.manual_seed(5)
+    state = copy.deepcopy(net.state_dict())
+    modes = [module.training for module in net.modules()]
+    streams = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    hooks = sum(len(module._forward_hooks) for module in net.modules())
+    with torch.autocast("cpu", torch.bfloat16):
+        freezer.update(loader)
+        freezer.update(loader)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert random.getstate() == streams[1]
+    assert (numpy.random.get_state()[1] == streams[2]).all()
+    assert sum(len(module._forward_hooks) for module in net.modules()) == hooks
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_deciding_is_in_float32_under_autocast_and_in_half_precision(net):
+    before = snapshot(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p), alpha=0.01)
+    index, batches = neq.NeuronIndex(net), random_batches(1, 9)
+    plain = phi(net, before, batches, index, "dataset")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(phi(net, before, batches, index, "dataset"), plain)
+    half = copy.deepcopy(net).bfloat16()
+    rounded = {name: t.bfloat16() for name, t in before.items()}
+    upcast = {name: t.float() for name, t in rounded.items()}
+    inputs = [inputs.bfloat16() for inputs, _ in batches]
+    expected = phi(half.float(), upcast, inputs, neq.NeuronIndex(half), "dataset")
+    half.bfloat16()
+    assert torch.equal(phi(half, rounded, inputs, neq.NeuronIndex(half), "dataset"), expected)
+
+
+def test_memory_does_not_grow_with_the_validation_set():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
+    index, before = neq.NeuronIndex(model), snapshot(model)
+    alive = []
+
+    def batches(count):
+        for _ in range(count):
+            alive.append(_tensor_bytes())
+            yield torch.randn(4, 1, 24, 24)
+
+    def peak(count):
+        alive.clear()
+        phi(model, before, batches(count), index, "dataset")
+        return max(alive[1:])
+
+    few = peak(3)
+    assert few > 0
+    assert peak(30) == few
+
+
+def _tensor_bytes():
+    """Bytes of all tensors that are alive, each storage once."""
+    import gc
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_bad_validation_batches_are_said_plainly(net):
+    before, index = snapshot(net), neq.NeuronIndex(net)
+    with pytest.raises(ValueError, match="validation set is empty"):
+        phi(net, before, [], index, "dataset")
+    with pytest.raises(TypeError, match="begin with a tensor, not dict"):
+        phi(net, before, [{"x": torch.zeros(1)}], index, "dataset")
