@@ -1,0 +1,244 @@
+"""FLOP accounting: measured once per model with fvcore, then arithmetic on the mask.
+
+FLOPs = 2 × multiply-accumulates. `dense`: weight and input gradients of convolution, linear, matmul
+and attention. `paper`: the published convention (NEq, section 4): 2 × forward operations × the
+share that trains, summed over layers. `required`: the least that an exact backward can do.
+"""
+
+import copy
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.graph import Call, Graph, trace
+from neq import Layer, NeuronIndex
+
+BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward:
+    """FLOPs of one backward; `executed` is None until something executes selectively."""
+
+    dense: int
+    paper: int
+    required: int
+    executed: int | None = None
+
+    def __add__(self, other: "Backward") -> "Backward":
+        return Backward(
+            dense=self.dense + other.dense,
+            paper=self.paper + other.paper,
+            required=self.required + other.required,
+        )
+
+    def times(self, samples: int) -> "Backward":
+        """For `samples` samples, from counts that are for a batch of `BATCH`."""
+        dense, paper, required = (
+            value * samples // BATCH for value in (self.dense, self.paper, self.required)
+        )
+        return Backward(dense=dense, paper=paper, required=required)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerCost:
+    """Of one supported layer that was called, over the batch; `bits`: its trainable parameters."""
+
+    layer: Layer
+    flops: int
+    operations: int
+    calls: tuple[Call, ...]
+    bits: int
+
+    def backward(self, trainable: int, live: int) -> Backward:
+        """`trainable` of its neurons train; bit i of `live`: parameter i has a trainable row."""
+        rows = trainable if self.bits else 0
+        elements = sum(call.elements for call in self.calls)
+        dense = required = 0
+        for call in self.calls if self.flops else ():
+            if not call.reached:
+                continue
+            share = self.flops * call.elements // elements
+            dense += share * (bool(self.bits) + bool(call.upstream))
+            required += share * rows // self.layer.size + share * bool(call.upstream & live)
+        paper = 2 * self.operations * trainable // self.layer.size
+        return Backward(dense=dense, paper=paper, required=required)
+
+
+class Costs:
+    """What a model's passes cost; all figures per sample unless a method takes `samples`.
+
+    `neurons`: its index; `called`: bool [neurons], False for layers whose own forward never runs
+    (a function uses their weight): they are counted dense. `dense_only` names those and all other
+    modules with parameters that can't freeze, with the reason.
+    """
+
+    def __init__(
+        self,
+        neurons: NeuronIndex,
+        graph: Graph,
+        train: "_Forward",
+        evaluation: "_Forward",
+        numbers: dict[int, int],
+    ) -> None:
+        self.neurons = neurons
+        self._graph = graph
+        self._numbers = numbers
+        self._train, self._evaluation = train, evaluation
+        self._layers = [
+            self._layer_cost(layer) for layer in neurons.layers if self._calls(layer.name)
+        ]
+        self.called = torch.zeros(len(neurons), dtype=torch.bool)
+        for cost in self._layers:
+            self.called[cost.layer.neurons] = True
+        uncalled = [layer.name for layer in neurons.layers if not self._calls(layer.name)]
+        self.dense_only = neurons.unsupported | dict.fromkeys(uncalled, "its forward is not called")
+        in_layers = sum(train.by_layer[cost.layer.name]["rule"] for cost in self._layers)
+        self._paper_elsewhere = 2 * (train.rule - in_layers)
+
+    def _calls(self, name: str) -> tuple[Call, ...]:
+        return tuple(call for call in self._graph.calls if call.layer == name)
+
+    def _layer_cost(self, layer: Layer) -> _LayerCost:
+        calls = self._calls(layer.name)
+        elements = sum(call.elements for call in calls)
+        count = self._train.by_layer[layer.name]
+        operations = count["rule"]
+        if isinstance(layer.module, CONVOLUTIONS):
+            operations += elements * (layer.module.bias is not None)
+        elif not isinstance(layer.module, nn.Linear):
+            operations = 2 * elements
+        return _LayerCost(layer, 2 * count["all"], operations, calls, self._bits(layer))
+
+    def _bits(self, layer: Layer) -> int:
+        trainable = (p for p in layer.parameters if p.requires_grad)
+        return sum(1 << self._numbers[id(p)] for p in trainable)
+
+    @property
+    def execution_order(self) -> list[str]:
+        """Names of the layers that are called, in the order of their first call."""
+        return list(dict.fromkeys(call.layer for call in self._graph.calls))
+
+    def forward(self, samples: int = 1) -> int:
+        """Of a training forward."""
+        return 2 * self._train.total * samples // BATCH
+
+    def overhead(self, samples: int = 1) -> int:
+        """Of deciding on `samples` validation samples: last epoch's model and this one's."""
+        return 2 * 2 * self._evaluation.total * samples // BATCH
+
+    def backward(self, frozen: Tensor, samples: int = 1) -> Backward:
+        """With the neurons of `frozen` (bool [neurons]) standing still."""
+        live = self._live(frozen)
+        total = sum((self._of(cost, frozen, live) for cost in self._layers), self._elsewhere(live))
+        return total.times(samples)
+
+    def layers(self, frozen: Tensor, samples: int) -> dict[str, tuple[int, Backward]]:
+        """Forward FLOPs and Backward of each layer that is called, for `samples` samples."""
+        live = self._live(frozen)
+        return {
+            cost.layer.name: (
+                cost.flops * samples // BATCH,
+                self._of(cost, frozen, live).times(samples),
+            )
+            for cost in self._layers
+        }
+
+    def _of(self, cost: _LayerCost, frozen: Tensor, live: int) -> Backward:
+        part = cost.layer.neurons
+        return cost.backward(cost.layer.size - int(frozen[part].sum()), live)
+
+    def _elsewhere(self, live: int) -> Backward:
+        """Products outside supported layers: attention, parameters used by functions."""
+        products = self._graph.products
+        return Backward(
+            dense=sum(p.flops for p in products),
+            paper=self._paper_elsewhere,
+            required=sum(p.flops for p in products if p.upstream & live),
+        )
+
+    def _live(self, frozen: Tensor) -> int:
+        """Bit i: parameter i has a row that trains."""
+        live = self._every_parameter
+        for cost in self._layers:
+            if bool(frozen[cost.layer.neurons].all()):
+                live &= ~cost.bits
+        return live
+
+    @property
+    def _every_parameter(self) -> int:
+        return (1 << len(self._numbers)) - 1
+
+
+def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
+    """Count `model` (on a copy) on inputs of `shape`, which has no batch dimension.
+
+    Random streams are left as they were. Raises whatever the model raises on such an input.
+    """
+    model = copy.deepcopy(model).cpu().float()
+    inputs = torch.zeros(BATCH, *shape)
+    neurons = NeuronIndex(model)
+    numbers = {id(p): i for i, p in enumerate(model.parameters())}
+    with torch.random.fork_rng([]):
+        graph = trace(model.train(), inputs, neurons)
+        train = _Forward(model, inputs, neurons)
+        evaluation = _Forward(model.eval(), inputs, neurons)
+    return Costs(neurons, graph, train, evaluation, numbers)
+
+
+class _Forward:
+    """fvcore's multiply-accumulates of one forward over the batch: `total`, and by layer.
+
+    "rule" holds what the paper's convention counts of them (convolution and linear), "all" the
+    whole.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> None:
+        by_module = _fvcore(model, inputs)
+        self.total, self.rule = _products(by_module[""]), _ruled(by_module[""])
+        self.by_layer = {
+            name: {"all": _products(by_module[name]), "rule": _ruled(by_module[name])}
+            for name in neurons
+        }
+
+
+def _products(count: Counter[str]) -> int:
+    return int(sum(count[name] for name in PRODUCTS))
+
+
+def _ruled(count: Counter[str]) -> int:
+    return int(count["conv"] + count["linear"] + count["addmm"])
+
+
+def _fvcore(model: nn.Module, inputs: Tensor) -> dict[str, Counter[str]]:
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(model, inputs)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
+    analysis.set_op_handle("aten::baddbmm", _baddbmm)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.tracer_warnings("none")
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    return dict(analysis.by_module_and_operator())
+
+
+def _shape(value: Any) -> list[int]:
+    return list(value.type().sizes())
+
+
+def _attention(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
+    """Queries by keys, probabilities by values."""
+    query, key, value = (_shape(v) for v in inputs[:3])
+    return Counter(attention=prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _baddbmm(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
+    left, right = (_shape(v) for v in inputs[1:3])
+    return Counter(baddbmm=prod(left) * right[-1])

@@ -1,0 +1,205 @@
+import copy
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import neq
+from harness.flops import measure
+from suites.resnet import resnet8, resnet32
+
+BATCH = 2
+
+
+def published(vision):
+    """The four set-ups of the paper: (model, input, dense backward FLOPs by its convention)."""
+    import timm
+    from torchvision.models import segmentation
+
+    swin = timm.create_model("swin_base_patch4_window7_224", num_classes=0)
+    deeplab = segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
+    )
+    return {
+        "resnet32": (resnet32(), (3, 32, 32), 138_937_600),
+        "resnet18": (vision.models.resnet18(), (3, 224, 224), 3_638_081_536),
+        "swin": (swin, (3, 224, 224), 30_280_413_184),
+        "deeplab": (deeplab, (3, 480, 480), 305_056_481_600),
+    }
+
+
+def outputs(model, inputs):
+    result = model(inputs)
+    return list(result.values()) if isinstance(result, dict) else [result]
+
+
+def counted_by_torch(model, shape):
+    """(forward, backward) FLOPs of one sample by PyTorch's own counter, in train mode."""
+    model.train()
+    inputs = torch.randn(BATCH, *shape)
+    with FlopCounterMode(display=False) as forward:
+        loss = sum(o.sum() for o in outputs(model, inputs))
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return forward.get_total_flops() / BATCH, backward.get_total_flops() / BATCH
+
+
+def freeze_layers(model, costs, chosen):
+    """A mask of whole layers; the same layers of `model` lose requires_grad."""
+    mask = torch.zeros(len(costs.neurons), dtype=torch.bool)
+    modules = dict(model.named_modules())
+    for name in chosen:
+        mask[costs.neurons[name]] = True
+        modules[name].requires_grad_(False)
+    return mask & costs.called
+
+
+@pytest.mark.parametrize("name", ["resnet32", "resnet18", "swin", "deeplab"])
+def test_the_published_models(vision, name):
+    model, shape, paper = published(vision)[name]
+    costs = measure(model, shape)
+    nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
+    assert costs.backward(nothing).paper == paper
+    if name == "deeplab":  # PyTorch's counter has to compute: a smaller image will do
+        shape = (3, 97, 97)
+        costs = measure(model, shape)
+    backward = costs.backward(nothing)
+    assert backward.executed is None
+    forward, dense = counted_by_torch(model, shape)
+    assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
+    names = list(costs.neurons)
+    chosen = names[: len(names) // 3] + names[len(names) // 2 :: 5]
+    mask = freeze_layers(model, costs, chosen)
+    assert costs.backward(mask).required == counted_by_torch(model, shape)[1] < dense
+
+
+def test_batch_norm_and_convolution_agree_with_fvcore_in_eval_mode():
+    by_operator = FlopCountAnalysis(resnet32().eval(), torch.zeros(1, 3, 32, 32))
+    by_operator.unsupported_ops_warnings(False)
+    count = by_operator.by_operator()
+    assert 2 * (count["conv"] + count["batch_norm"] + count["linear"]) == 138_937_600
+
+
+class _Branches(nn.Module):
+    """A frozen branch that runs last, a token that enters late, a layer used twice, one unused."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Linear(6, 6)
+        self.right = nn.Linear(6, 6, bias=False)
+        self.twice = nn.Linear(6, 6)
+        self.after_token = nn.Linear(6, 6)
+        self.token = nn.Parameter(torch.zeros(6))
+        self.unused = nn.Linear(6, 6)
+        self.lost = nn.Linear(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        self.lost(x)
+        h = self.twice(self.twice(self.left(x)))
+        late = self.after_token(self.right(x).detach() + self.token)
+        mixed, _ = self.attention(late, h, h)
+        return mixed @ h.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [[], ["left"], ["left", "twice"], ["twice"], ["after_token"], ["left", "twice", "after_token"]],
+)
+def test_reachability_in_a_branched_graph(frozen):
+    torch.manual_seed(0)
+    model = _Branches()
+    costs = measure(model, (5, 6))
+    mask = freeze_layers(model, costs, frozen)
+    assert costs.backward(mask).required == counted_by_torch(model, (5, 6))[1]
+    lost = 2 * 5 * 6 * 6  # a product that nobody uses: fvcore's trace drops it
+    assert costs.forward() == counted_by_torch(model, (5, 6))[0] - lost
+    assert costs.dense_only.keys() >= {"unused", "attention", "attention.out_proj", ""}
+    assert not costs.called[costs.neurons["unused"]].any()
+
+
+def test_a_class_token_keeps_the_first_input_gradient(vision):
+    model = vision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
+    )
+    costs = measure(model, (3, 32, 32))
+    everything = costs.called.clone()
+    frozen = costs.backward(everything)
+    # Position table and class token train: the gradient must come all the way down to them.
+    qkv = [name for name in costs.neurons if name.endswith("mlp.0")]
+    mask = everything.clone()
+    mask[costs.neurons[qkv[0]]] = False
+    assert frozen.required > 0.4 * frozen.dense
+    assert costs.backward(mask).required - frozen.required == 2 * 17 * 16 * 32
+
+
+def test_rows_count_by_the_row():
+    """A layer with k of n rows frozen costs what a layer of n − k outputs costs in dW."""
+    costs = measure(resnet8(), (1, 16, 16))
+    name = "layer3.0.conv2"
+    part = costs.neurons[name]
+    nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
+    some = nothing.clone()
+    some[part.start : part.start + 13] = True
+    before, after = costs.backward(nothing), costs.backward(some)
+    one_row = 2 * 64 * 3 * 3 * 4 * 4  # input channels, kernel, positions
+    assert before.required - after.required == 13 * one_row
+    assert before.paper - after.paper == 13 * one_row
+    assert after.dense == before.dense
+    bn = nothing.clone()
+    bn[costs.neurons["layer3.0.bn2"]] = True
+    assert costs.backward(bn).required == before.required
+    assert before.paper - costs.backward(bn).paper == 2 * 2 * 64 * 4 * 4
+
+
+def test_a_convolution_with_bias_and_groups():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1), nn.Conv2d(8, 8, 3, groups=8))
+    costs = measure(model, (4, 6, 6))
+    backward = costs.backward(torch.zeros(16, dtype=torch.bool))
+    first, second = 8 * 36 * 2 * 9, 8 * 16 * 9  # multiply-accumulates
+    assert costs.forward() == 2 * (first + second)
+    assert backward.dense == 2 * first + 4 * second  # no gradient with respect to the image
+    assert backward.paper == 2 * (first + 8 * 36 + second + 8 * 16)
+
+
+def test_layer_norm_and_linear_bias_by_the_papers_rule():
+    costs = measure(nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)), (7, 3))
+    backward = costs.backward(torch.zeros(10, dtype=torch.bool))
+    assert backward.paper == 2 * (7 * 3 * 5 + 2 * 7 * 5)
+
+
+def test_parameters_that_the_user_froze_cost_no_gradient():
+    model = resnet8()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("fc"))
+    costs = measure(model, (1, 16, 16))
+    backward = costs.backward(torch.zeros(len(costs.neurons), dtype=torch.bool))
+    assert backward.dense == backward.required == 2 * 64 * 10
+    assert backward.dense == counted_by_torch(model, (1, 16, 16))[1]
+
+
+def test_totals_layers_and_deciding():
+    model = resnet8()
+    costs = measure(model, (1, 16, 16))
+    mask = neq.Random(0.4).frozen(1, costs.neurons, torch.empty(0))
+    one, many = costs.backward(mask), costs.backward(mask, 1150)
+    assert (many.dense, many.paper, many.required) == tuple(
+        1150 * v for v in (one.dense, one.paper, one.required)
+    )
+    layers = costs.layers(mask, 1150)
+    assert sum(b.required for _, b in layers.values()) == many.required
+    assert sum(f for f, _ in layers.values()) == costs.forward(1150)
+    assert costs.overhead(50) == 2 * 50 * costs.forward()
+    assert one.required <= one.dense
+
+
+def test_measuring_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
+    state, stream = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    measure(model, (4,))
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not model.training
+    assert not model[0]._forward_hooks
