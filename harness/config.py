@@ -1,0 +1,155 @@
+"""What a suite says: its parts, recipe, methods and resources, and the key of a trial."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from harness.methods import MethodSpec, with_kinds
+
+# Raise when a change to the code changes the numbers of a trial: old results then stand apart.
+NUMERICS = 1
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+ImportString = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no changes, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Named(BaseModel):
+    """A torch class by name; all other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the class."""
+        return dict(self.model_extra or {})
+
+
+class Model(Strict):
+    """`build(**arguments)` returns the module; `input` is the shape of one sample."""
+
+    build: ImportString
+    arguments: dict[str, Any] = {}
+    input: tuple[Annotated[int, Field(gt=0)], ...]
+    exclude: tuple[str, ...] = ()
+
+
+class Data(Strict):
+    """`load(options)` returns the images; sizes are counted in images.
+
+    `train_size`: how many of the training set are used at all (default: every one);
+    `validation_size`: how many of those are set aside for deciding. Both are drawn with
+    `split_seed`, the same for every run.
+    """
+
+    load: ImportString
+    root: str = ""
+    train_size: Annotated[int, Field(gt=0)] | None = None
+    validation_size: Annotated[int, Field(ge=0)]
+    split_seed: int = 0
+
+
+class Recipe(Strict):
+    """How a model is trained, in every trial of the suite."""
+
+    epochs: Annotated[int, Field(gt=0)]
+    batch_size: Annotated[int, Field(gt=0)]
+    precision: Literal["float32", "bf16", "fp16"]
+    optimizer: Named
+    scheduler: Named | None = None
+
+
+class Resources(Strict):
+    """What one trial is given; "auto": one GPU where the machine or cluster has any."""
+
+    cpus: Annotated[int, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+
+
+class Suite(Strict):
+    """A workload and everything that is run on it. `version`: raise it when the suite's own code
+    (model, data) changes results.
+    """
+
+    name: Name
+    title: str
+    version: int = 1
+    task: ImportString = "harness.tasks:Classification"
+    model: Model
+    data: Data
+    recipe: Recipe
+    resources: Resources = Resources()
+    methods: dict[Name, MethodSpec]
+    default_methods: tuple[str, ...] = ()
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds(cls, values: Any) -> Any:
+        return with_kinds(values)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is listed twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _known_defaults(self) -> "Suite":
+        for name in self.default_methods:
+            if name not in self.methods:
+                raise ValueError(f"default_methods names {name!r}, which is not under methods")
+        return self
+
+    def experiment(self) -> dict[str, Any]:
+        """What all trials of a group share: everything that defines the numbers, no paths."""
+        values = self.model_dump(
+            mode="json", include={"name", "version", "task", "model", "data", "recipe"}
+        )
+        del values["data"]["root"]
+        return values | {"numerics": NUMERICS, "world_size": 1}
+
+
+class TrialSpec(Strict):
+    """One trial: a suite's experiment with one method and one seed, on data already seen.
+
+    `folder`: where the suite's own modules lie; `fingerprint`: of the data, from their content.
+    """
+
+    suite: Suite
+    folder: str
+    method: str
+    seed: int
+    fingerprint: str
+    data_name: str
+
+    @property
+    def group(self) -> str:
+        """Hash of all but method and seed: what may stand in one table."""
+        return _digest(self.suite.experiment() | {"data_fingerprint": self.fingerprint})
+
+    @property
+    def key(self) -> str:
+        """Hash of what defines the trial: the name under which its results are kept."""
+        method = self.spec.model_dump(mode="json")
+        return _digest(
+            {"group": self.group, "name": self.method, "method": method, "seed": self.seed}
+        )
+
+    @property
+    def spec(self) -> MethodSpec:
+        """The method's parameters."""
+        return self.suite.methods[self.method]
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

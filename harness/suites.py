@@ -1,0 +1,201 @@
+"""Find suites, read their files, apply `--set`, load the parts that they name."""
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Sequence
+from functools import reduce
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from harness.config import Suite
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def builtin() -> dict[str, Path]:
+    """Name → file of the suites that ship with neqbench."""
+    root = Path(str(resources.files("suites")))
+    return {_name(path): path for path in sorted(root.glob("*/*.toml"))}
+
+
+def _name(path: Path) -> str:
+    """`cifar10/suite.toml` is cifar10, `cifar10/adam.toml` is cifar10-adam."""
+    folder = path.parent.name
+    return folder if path.stem == "suite" else f"{folder}-{path.stem}"
+
+
+def load(name: str, settings: Sequence[str] = ()) -> tuple[Suite, Path]:
+    """The suite called `name`, or at that path, with `--set` applied; and its folder.
+
+    Raises UserError for an unknown suite, an unreadable file, an unknown key or a bad value.
+    """
+    path = _locate(name)
+    values = _read(path)
+    for setting in settings:
+        _apply(values, setting)
+    values.setdefault("name", _name(path))
+    try:
+        return Suite.model_validate(values), path.parent
+    except ValidationError as error:
+        raise UserError(_explain(error, path)) from None
+
+
+def _locate(name: str) -> Path:
+    known = builtin()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_dir() and (path / "suite.toml").is_file():
+        return (path / "suite.toml").resolve()
+    if path.suffix == ".toml" and path.is_file():
+        return path.resolve()
+    raise UserError(
+        f"unknown suite {name!r}{_similar(name, known)}: it is neither one of "
+        f"{', '.join(known)} nor a folder with a suite.toml"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f"{path}: extends: no file {base!r} beside it")
+    return _merge(_read(path.parent / base), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins; tables merge, but one that names a class or kind anew replaces the old."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and "name" not in value:
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    path, separator, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise UserError(f"--set {setting}: write it as path=value, such as recipe.epochs=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = values
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {setting}: {key!r} is a value, not a table with keys")
+    table[keys[-1]] = value
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    first, *more = error.errors(include_url=False)
+    location = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    known = _fields(location[:-1])
+    if location[:1] == ["methods"]:
+        del location[2:3]  # the kind, which the user did not write there
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key{_similar(location[-1], known)}; known: {', '.join(known)}"
+    elif first["type"] == "too_short":
+        message = "must not be empty"
+    elif first["type"] == "union_tag_invalid":
+        tags = first["ctx"]["expected_tags"].replace("'", "")
+        message = f"unknown method kind {first['ctx']['tag']!r}; known: {tags}"
+    elif first["type"] != "missing" and not isinstance(first["input"], dict):
+        message += f", got {first['input']!r}"
+    where = ".".join(part for part in location if "[" not in part)
+    also = f" (and {len(more)} more)" if more else ""
+    return f"{path.parent.name}/{path.name}: {where or 'suite'}: {message}{also}"
+
+
+def _fields(location: list[str]) -> list[str]:
+    """Keys that the model at `location` of a Suite knows; for methods, those of the kind."""
+    model: Any = Suite
+    for part in location:
+        field = model.model_fields.get(part)
+        if part == "methods" or field is None:
+            from harness.methods import KINDS
+
+            model = KINDS.get(location[-1], Suite)
+            break
+        model = field.annotation
+    return [name for name in getattr(model, "model_fields", {}) if name != "kind"]
+
+
+def _similar(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def part(reference: str, folder: Path | str) -> Any:
+    """The object at `module:attribute`, from a module beside the suite or an installed one.
+
+    Raises UserError where either is missing.
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not attribute:
+        raise UserError(f"{reference!r}: write it as module:callable")
+    beside = Path(folder) / f"{module_name}.py"
+    try:
+        module = _beside(beside) if beside.is_file() else _installed(module_name)
+        return reduce(getattr, attribute.split("."), module)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{reference!r} cannot be loaded: {error}") from error
+
+
+def build(reference: str, folder: Path | str, arguments: dict[str, Any]) -> "nn.Module":
+    """The model that the builder at `reference` returns; raises UserError where it returns none."""
+    from torch import nn
+
+    builder = part(reference, folder)
+    try:
+        model = builder(**arguments)
+    except Exception as error:
+        raise UserError(f"{reference!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{reference!r} returned {type(model).__name__}, not a torch module")
+    return model
+
+
+def _installed(name: str) -> ModuleType:
+    if name.split(".")[0] in ("torchvision", "timm"):
+        from harness.vision import torchvision
+
+        return torchvision(name)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _beside(path: Path) -> ModuleType:
+    """A suite's own module, under a name that no other suite's module has."""
+    name = f"neqbench_suite_{path.parent.name}_{abs(hash(path)):x}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,239 @@
+import json
+
+import pytest
+
+from harness import plan, suites
+from harness.config import TrialSpec
+from harness.errors import UserError
+
+SUITE = """
+title = "small"
+seeds = [0, 1]
+default_methods = ["baseline"]
+[model]
+build = "model:build"
+input = [3]
+[data]
+load = "data:load"
+validation_size = 2
+[recipe]
+epochs = 2
+batch_size = 4
+precision = "float32"
+optimizer = { name = "SGD", lr = 0.1, momentum = 0.9 }
+[methods.baseline]
+[methods.neq]
+eps = 0.01
+[methods.also]
+kind = "neq"
+recursion = "reference"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "mine"
+    path.mkdir()
+    (path / "suite.toml").write_text(SUITE)
+    return path
+
+
+def test_the_built_in_suites_load():
+    names = suites.builtin()
+    assert {"digits", "cifar10", "cifar10-adam"} <= names.keys()
+    for name in names:
+        suite, path = suites.load(name)
+        assert suite.name == name
+        assert path.is_dir()
+        assert callable(suites.part(suite.model.build, path))
+        assert callable(suites.part(suite.data.load, path))
+
+
+def test_cifar10_is_the_papers_recipe():
+    suite, _ = suites.load("cifar10")
+    recipe = suite.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.precision) == (250, 100, "bf16")
+    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    assert (recipe.optimizer.name, recipe.optimizer.arguments) == ("SGD", sgd)
+    assert recipe.scheduler.arguments == {"milestones": [100, 150], "gamma": 0.1}
+    neq, reference = suite.methods["neq"], suite.methods["neq-reference"]
+    assert (neq.eps, neq.mu, neq.recursion, neq.similarity) == (1e-3, 0.5, "paper", "dataset")
+    assert (reference.recursion, reference.similarity) == ("reference", "sample")
+    adam, _ = suites.load("cifar10-adam")
+    assert adam.recipe.optimizer.name == "Adam"
+    assert adam.recipe.optimizer.arguments["lr"] == 1e-3
+    assert "momentum" not in adam.recipe.optimizer.arguments
+    assert adam.recipe.scheduler == recipe.scheduler
+    assert adam.methods == suite.methods
+
+
+def test_settings_reach_any_depth(folder):
+    settings = [
+        "recipe.epochs=7",
+        "recipe.optimizer.lr=0.5",
+        "methods.neq.mu=0.9",
+        "data.root=../somewhere/else",
+        "seeds=[3]",
+        "methods.new={kind='random', keep=0.5}",
+    ]
+    suite, path = suites.load(str(folder), settings)
+    assert path == folder
+    assert suite.name == "mine"
+    assert (suite.recipe.epochs, suite.seeds, suite.data.root) == (7, (3,), "../somewhere/else")
+    assert suite.recipe.optimizer.arguments == {"lr": 0.5, "momentum": 0.9}
+    assert (suite.methods["neq"].mu, suite.methods["new"].keep) == (0.9, 0.5)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("recipe.epoch=5", r"recipe.epoch: unknown key \(did you mean 'epochs'\?\)"),
+        ("methods.neq.epss=1", r"methods.neq.epss: unknown key \(did you mean 'eps'\?\)"),
+        ("colour=1", "colour: unknown key"),
+        ("recipe.epochs=0", "recipe.epochs: .*greater than 0, got 0"),
+        ("recipe.precision=fp8", "recipe.precision: .*'bf16'"),
+        ("methods.neq.eps=-1", "methods.neq.eps: .*greater than or equal to 0, got -1"),
+        ("methods.neq.eps=nan", "methods.neq.eps: "),
+        ("methods.neq.mu=1.0", "methods.neq.mu: .*less than 1"),
+        ("methods.neq.kind=nope", "methods.neq: unknown method kind 'nope'; known: baseline"),
+        ("methods.nope={}", "methods.nope: unknown method kind 'nope'"),
+        ("methods.neq=3", "methods.neq"),
+        ("methods.Bad={kind='baseline'}", "methods.Bad"),
+        ("seeds=[]", "seeds: must not be empty"),
+        ("seeds=[1, 1]", "seeds: a seed is listed twice"),
+        ("default_methods=['x']", "default_methods names 'x'"),
+        ("data.validation_size=-1", "data.validation_size"),
+        ("model.build=nothing", "model.build"),
+        ("resources.cpus=0", "resources.cpus"),
+        ("recipe.epochs", "write it as path=value"),
+        ("=3", "write it as path=value"),
+        ("recipe.epochs.x=3", "'epochs' is a value"),
+    ],
+)
+def test_a_wrong_value_is_said_in_one_line(folder, setting, message):
+    with pytest.raises(UserError, match=message) as caught:
+        suites.load(str(folder), [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_suite(folder, tmp_path):
+    with pytest.raises(UserError, match=r"unknown suite 'digitz' \(did you mean 'digits'\?\)"):
+        suites.load("digitz")
+    (folder / "suite.toml").write_text("title = ")
+    with pytest.raises(UserError, match="not valid TOML"):
+        suites.load(str(folder))
+    (folder / "suite.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        suites.load(str(folder))
+    (folder / "suite.toml").write_text('extends = "none.toml"')
+    with pytest.raises(UserError, match=r"no file 'none\.toml'"):
+        suites.load(str(folder))
+
+
+def test_parts_come_from_the_suite_s_folder_first(folder):
+    (folder / "model.py").write_text("def build(): return 'mine'")
+    assert suites.part("model:build", folder)() == "mine"
+    assert suites.part("json:dumps", folder) is json.dumps
+    for reference in ("model:nothing", "no_such_module:x", "plain"):
+        with pytest.raises(UserError, match=reference.partition(":")[0]):
+            suites.part(reference, folder)
+    with pytest.raises(UserError, match="returned str, not a torch module"):
+        suites.build("model:build", folder, {})
+    with pytest.raises(UserError, match="raised TypeError"):
+        suites.build("model:build", folder, {"width": 3})
+
+
+def spec(folder, settings=(), method="neq", seed=0, fingerprint="f"):
+    suite, path = suites.load(str(folder), settings)
+    return TrialSpec(
+        suite=suite,
+        folder=str(path),
+        method=method,
+        seed=seed,
+        fingerprint=fingerprint,
+        data_name="d",
+    )
+
+
+@pytest.mark.parametrize(
+    "change, same_key, same_group",
+    [
+        ({"settings": ["data.root=elsewhere"]}, True, True),
+        ({"settings": ["resources.cpus=2"]}, True, True),
+        ({"settings": ["title=other"]}, True, True),
+        ({"settings": ["seeds=[7]"]}, True, True),
+        ({"settings": ["methods.other={kind='random', keep=0.1}"]}, True, True),
+        ({"seed": 1}, False, True),
+        ({"method": "also"}, False, True),
+        ({"settings": ["methods.neq.eps=0.02"]}, False, True),
+        ({"settings": ["recipe.epochs=3"]}, False, False),
+        ({"settings": ["recipe.precision=bf16"]}, False, False),
+        ({"settings": ["recipe.optimizer.lr=0.2"]}, False, False),
+        ({"settings": ["data.validation_size=3"]}, False, False),
+        ({"settings": ["version=2"]}, False, False),
+        ({"fingerprint": "g"}, False, False),
+    ],
+)
+def test_what_a_key_depends_on(folder, change, same_key, same_group):
+    before, after = spec(folder), spec(folder, **change)
+    assert (before.key == after.key) is same_key
+    assert (before.group == after.group) is same_group
+
+
+def test_keys_do_not_depend_on_how_a_value_is_written(folder):
+    assert spec(folder, ["methods.neq.eps=1e-2"]).key == spec(folder).key
+    assert spec(folder, ["methods.neq.mu=0.5"]).key == spec(folder).key
+
+
+def test_plan_of_digits(tmp_path):
+    trials = plan.specs("digits")
+    assert [(t.method, t.seed) for t in trials[:4]] == [
+        ("baseline", 0),
+        ("neq", 0),
+        ("random", 0),
+        ("baseline", 1),
+    ]
+    assert len({t.key for t in trials}) == len(trials) == 15
+    assert len({t.group for t in trials}) == 1
+    assert {p.state for p in plan.states(trials, str(tmp_path))} == {"to do"}
+    some = plan.specs("digits", methods="freeze_after, neq,neq", seeds="7-8,3")
+    assert [(t.method, t.seed) for t in some] == [
+        (method, seed) for seed in (7, 8, 3) for method in ("freeze_after", "neq")
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"methods": "neq,foo"}, "unknown method 'foo'; suite digits has baseline, neq"),
+        ({"methods": " , "}, "no method is named"),
+        ({"seeds": ""}, "write numbers"),
+        ({"seeds": "3-1"}, "at least one seed"),
+        ({"seeds": "1,1"}, "each only once"),
+        ({"seeds": "x"}, "write numbers"),
+        ({"settings": ["data.validation_size=1200"]}, "leave none to train on"),
+        ({"settings": ["data.validation_size=0"]}, "decides on validation images"),
+        ({"settings": ["data.train_size=1201"]}, "more than the 1200 images"),
+    ],
+)
+def test_wrong_choices(arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan.specs("digits", **arguments)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("recipe.optimizer.name=Foo", "recipe.optimizer: unknown name 'Foo'; torch has"),
+        ("recipe.optimizer.lr=-1", "SGD refuses its arguments: Invalid learning rate"),
+        ("recipe.optimizer.colour=1", "SGD refuses its arguments"),
+        ("recipe.scheduler.name=SGD", "recipe.scheduler: unknown name 'SGD'"),
+        ("recipe.scheduler.milestones=late", "must be a list of epochs"),
+        ("model.exclude=['head']", "model.exclude: no layer is called 'head'"),
+        ("model.arguments={width=3}", "raised TypeError"),
+    ],
+)
+def test_what_only_torch_can_tell_is_found_before_anything_runs(setting, message):
+    suite, folder = suites.load("digits", [setting])
+    with pytest.raises(UserError, match=message):
+        plan.check(suite, str(folder))
