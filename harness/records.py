@@ -1,0 +1,123 @@
+"""What a trial reports: one record per epoch, and the fixed schemas of the three tables."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochRecord:
+    """One epoch of one trial: a row of `epochs`. FLOPs are totals of the epoch; shares are 0 to 1;
+    None is "not measured". Frozen counts and FLOPs are of the mask in force during the epoch.
+    """
+
+    epoch: int
+    samples: int
+    lr: float
+    train_loss: float
+    val_loss: float | None
+    test_loss: float
+    test_metric: float
+    frozen_neurons: int
+    total_neurons: int
+    forward_flops: int
+    backward_flops_dense: int
+    backward_flops_paper: int
+    backward_flops_required: int
+    backward_flops_executed: int | None
+    overhead_flops: int
+    seconds_train: float
+    seconds_equilibrium: float
+    seconds_test: float
+    seconds_checkpoint: float | None
+    peak_memory_bytes: int | None
+
+    def row(self) -> dict[str, Any]:
+        """As a row of the table."""
+        return asdict(self)
+
+
+_IDENTITY = [
+    ("trial", pa.string()),
+    ("group", pa.string()),
+    ("suite", pa.string()),
+    ("method", pa.string()),
+    ("seed", pa.int64()),
+]
+_FLOPS = [
+    ("forward_flops", pa.int64()),
+    ("backward_flops_dense", pa.int64()),
+    ("backward_flops_paper", pa.int64()),
+    ("backward_flops_required", pa.int64()),
+    ("backward_flops_executed", pa.int64()),
+]
+
+
+def _schema(columns: list[tuple[str, Any]]) -> pa.Schema:
+    return pa.schema(_IDENTITY + columns, metadata={"neqbench.schema": SCHEMA_VERSION})
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "trials": _schema(
+        [
+            ("state", pa.string()),
+            ("reason", pa.string()),
+            ("traceback", pa.string()),
+            ("epochs", pa.int64()),
+            ("epochs_done", pa.int64()),
+            ("metric", pa.string()),
+            ("title", pa.string()),
+            ("experiment", pa.string()),
+            ("parameters", pa.string()),
+            ("data", pa.string()),
+            ("data_fingerprint", pa.string()),
+            ("attempts", pa.int64()),
+            ("trials_on_device", pa.int64()),
+            ("threads", pa.int64()),
+            ("device", pa.string()),
+            ("cpu", pa.string()),
+            ("gpu", pa.string()),
+            ("driver", pa.string()),
+            ("git_sha", pa.string()),
+            ("git_dirty", pa.bool_()),
+            ("versions", pa.string()),
+            ("started", pa.timestamp("us", tz="UTC")),
+            ("updated", pa.timestamp("us", tz="UTC")),
+        ]
+    ),
+    "epochs": _schema(
+        [
+            ("epoch", pa.int64()),
+            ("samples", pa.int64()),
+            ("lr", pa.float64()),
+            ("train_loss", pa.float64()),
+            ("val_loss", pa.float64()),
+            ("test_loss", pa.float64()),
+            ("test_metric", pa.float64()),
+            ("frozen_neurons", pa.int64()),
+            ("total_neurons", pa.int64()),
+            *_FLOPS,
+            ("overhead_flops", pa.int64()),
+            ("seconds_train", pa.float64()),
+            ("seconds_equilibrium", pa.float64()),
+            ("seconds_test", pa.float64()),
+            ("seconds_checkpoint", pa.float64()),
+            ("peak_memory_bytes", pa.int64()),
+        ]
+    ),
+    "layers": _schema(
+        [
+            ("epoch", pa.int64()),
+            ("layer", pa.string()),
+            ("neurons", pa.int64()),
+            ("frozen", pa.int64()),
+            *_FLOPS,
+            *((f"{name}_quantiles", pa.list_(pa.float64())) for name in ("phi", "delta_phi")),
+            ("velocity_quantiles", pa.list_(pa.float64())),
+        ]
+    ),
+}

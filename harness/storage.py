@@ -1,0 +1,140 @@
+"""Where results lie: `<root>/<suite>/{trials,epochs,layers,checkpoints}/<trial>`.
+
+Every write goes to a temporary file whose name starts with a dot (readers skip it) and is then
+renamed, so that nobody ever sees half a file. The checkpoint, which holds the rows so far, is the
+commit; parquet follows from it.
+"""
+
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harness.config import TrialSpec
+from harness.errors import UserError
+from harness.records import SCHEMA_VERSION, SCHEMAS
+
+
+class Store:
+    """The results of one suite below `root`."""
+
+    def __init__(self, root: Path | str, suite: str) -> None:
+        self.folder = Path(root) / suite
+
+    def check_writable(self) -> None:
+        """Raises UserError where results can't be written, before anything is computed."""
+        try:
+            for kind in (*SCHEMAS, "checkpoints"):
+                (self.folder / kind).mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="."):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"results folder {self.folder} can't be written ({error.strerror}); "
+                "choose another with --results"
+            ) from None
+
+    def write(self, kind: str, spec: TrialSpec, rows: pa.Table) -> None:
+        """Replace the trial's file of one table."""
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer)
+        _replace(self.folder / kind / f"{spec.key}.parquet", buffer.getvalue())
+
+    def read(self, kind: str) -> pa.Table:
+        """The rows of all trials; raises UserError for a damaged file or a newer schema."""
+        paths = sorted((self.folder / kind).glob("[!.]*.parquet"))
+        tables = [_read(path, SCHEMAS[kind]) for path in paths]
+        return pa.concat_tables(tables) if tables else SCHEMAS[kind].empty_table()
+
+    def trial(self, key: str) -> dict[str, Any] | None:
+        """The trial's row of `trials`, if it has one."""
+        path = self.folder / "trials" / f"{key}.parquet"
+        return _read(path, SCHEMAS["trials"]).to_pylist()[0] if path.is_file() else None
+
+    def save_checkpoint(self, key: str, state: dict[str, Any]) -> None:
+        """Commit: from here on the trial continues after this state."""
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        _replace(self._checkpoint(key), buffer.getvalue())
+
+    def load_checkpoint(self, key: str) -> dict[str, Any] | None:
+        """The last commit on the CPU; raises UserError where the file is damaged."""
+        import torch
+
+        path = self._checkpoint(key)
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {path} is damaged ({type(error).__name__}); "
+                "delete it to compute the trial anew"
+            ) from None
+        return state
+
+    def _checkpoint(self, key: str) -> Path:
+        return self.folder / "checkpoints" / f"{key}.pt"
+
+
+def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Table:
+    """`rows` as a table of `kind`, with the columns that say whose they are."""
+    identity = {
+        "trial": spec.key,
+        "group": spec.group,
+        "suite": spec.suite.name,
+        "method": spec.method,
+        "seed": spec.seed,
+    }
+    return pa.Table.from_pylist([identity | row for row in rows], schema=SCHEMAS[kind])
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """Arrow's own file format, to be kept inside a checkpoint."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    """The inverse of `to_bytes`."""
+    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())[:100]}); "
+            "delete it and run the suite again: it is rewritten from its checkpoint"
+        ) from None
+    version = (table.schema.metadata or {}).get(b"neqbench.schema", b"?").decode()
+    if version != SCHEMA_VERSION or table.schema.names != schema.names:
+        raise UserError(
+            f"{path}: schema version {version}, this neqbench reads version {SCHEMA_VERSION}; "
+            "use the neqbench that wrote it, or another --results"
+        )
+    return table
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside, flush to the disk, rename over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,284 @@
+"""One trial as a generator of epoch records, resumed from its checkpoint where there is one.
+
+Resumed equals uninterrupted, bit for bit on the CPU: every random stream follows from (seed,
+purpose, epoch), and the checkpoint holds all other state together with the rows so far.
+"""
+
+import math
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from harness import suites
+from harness.config import Suite, TrialSpec
+from harness.errors import UserError
+from harness.flops import measure
+from harness.methods import Method
+from harness.records import EpochRecord
+from harness.rows import Failure, Rows, Slot
+from harness.storage import Store
+from harness.streams import seed_globals
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DivergedError(Exception):
+    """The training loss is not finite any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The trial is being built."""
+
+
+Event = Started | EpochRecord | Failure
+
+
+def supervised(spec: TrialSpec, root: str, slot: Slot) -> Iterator[Event]:
+    """The trial's records, those of earlier attempts first; ends with a Failure if it raises.
+
+    The i-th event is the same in every attempt, up to measured times: whoever listens loses
+    nothing. A failure is stored with its traceback; only an interrupt leaves this generator.
+    """
+    store = Store(root, spec.suite.name)
+    rows = Rows(spec, store, slot)
+    yield Started()
+    try:
+        with _process(spec.suite):
+            yield from Trial(spec, store, rows).records()
+    except Exception as error:
+        known = isinstance(error, UserError | DivergedError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        failure = Failure(reason, traceback.format_exc())
+        rows.publish(failure)
+        yield failure
+
+
+def lost(spec: TrialSpec, root: str, slot: Slot, reason: str) -> Failure:
+    """Record a trial whose process died too often to say so itself."""
+    store = Store(root, spec.suite.name)
+    rows, failure = Rows(spec, store, slot), Failure(reason, "")
+    state = store.load_checkpoint(spec.key)
+    if state is not None:
+        rows.load(state["rows"])
+    rows.publish(failure)
+    return failure
+
+
+@contextmanager
+def _process(suite: Suite) -> Iterator[None]:
+    """Determinism for one trial; the process is left as it was."""
+    threads, python, numpys = torch.get_num_threads(), random.getstate(), numpy.random.get_state()
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True,
+        benchmark=False,
+        deterministic=True,
+        allow_tf32=suite.recipe.precision != "float32",
+    )
+    try:
+        with torch.random.fork_rng(), cudnn:
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        numpy.random.set_state(numpys)
+
+
+class Trial:
+    """The training of one spec: all its state, and the loop over its epochs."""
+
+    def __init__(self, spec: TrialSpec, store: Store, rows: Rows) -> None:
+        self.spec, self.suite, self.recipe = spec, spec.suite, spec.suite.recipe
+        self.store, self.rows = store, rows
+        self.device = torch.device(rows.slot.device)
+
+    def records(self) -> Iterator[EpochRecord]:
+        """All epochs from 0 on: the committed ones from the checkpoint, the others computed."""
+        state = self.store.load_checkpoint(self.spec.key)
+        if state is not None:
+            self.rows.load(state["rows"])
+        for record in list(self.rows.epochs):  # noqa: UP028 — Ray sends; a list can't receive
+            yield record
+        self.rows.publish()
+        if self.rows.complete:
+            return
+        torch.set_num_threads(self.rows.threads)
+        self._build()
+        if state is None:
+            self.method.start(self.batches.evaluate("validation"))
+        else:
+            self._restore(state)
+        del state
+        for epoch in range(len(self.rows.epochs), self.recipe.epochs):
+            yield self._epoch(epoch)
+
+    def _build(self) -> None:
+        parts, seed, folder = self.suite.model, self.spec.seed, self.spec.folder
+        data = suites.part(self.suite.data.load, folder)(self.suite.data)
+        self.batches = data.open(self.device, seed, self.recipe.batch_size)
+        self.task = suites.part(self.suite.task, folder)()
+        seed_globals(seed, "initialisation")
+        model = suites.build(parts.build, folder, parts.arguments)
+        self.costs = measure(model, parts.input)
+        self.model = model.to(self.device)
+        self.optimizer, self.scheduler = build_optimizer(self.suite, model.parameters())
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.recipe.precision == "fp16"
+        )
+        spec = self.spec.spec
+        self.method = Method(spec, self.model, self.optimizer, parts.exclude, seed)
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "method": self.method,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+
+    def _commit(self) -> None:
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        self.store.save_checkpoint(self.spec.key, state | {"rows": self.rows.state()})
+
+    def _epoch(self, epoch: int) -> EpochRecord:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        frozen, samples = self.method.freezer.frozen, self.batches.size("train")
+        backward = self.costs.backward(frozen, samples)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        train_loss, seconds_train = self._timed(lambda: self._train(epoch))
+        if not math.isfinite(train_loss):
+            raise DivergedError(f"the training loss became {train_loss} in epoch {epoch}")
+        (val_loss, test_loss, metric), seconds_test = self._timed(self._test)
+        validation = self.batches.size("validation")
+        _, seconds_equilibrium = self._timed(
+            lambda: self.method.end_epoch(self.batches.evaluate("validation"))
+        )
+        record = EpochRecord(
+            epoch=epoch,
+            samples=samples,
+            lr=lr,
+            train_loss=train_loss,
+            val_loss=val_loss if validation else None,
+            test_loss=test_loss,
+            test_metric=metric,
+            frozen_neurons=int(frozen.sum()),
+            total_neurons=len(frozen),
+            forward_flops=self.costs.forward(samples),
+            backward_flops_dense=backward.dense,
+            backward_flops_paper=backward.paper,
+            backward_flops_required=backward.required,
+            backward_flops_executed=backward.executed,
+            overhead_flops=self.method.overhead(self.costs, validation),
+            seconds_train=seconds_train,
+            seconds_equilibrium=seconds_equilibrium,
+            seconds_test=seconds_test,
+            seconds_checkpoint=None,
+            peak_memory_bytes=self._peak_memory(),
+        )
+        layers = self.costs.layers(frozen, samples)
+        self.rows.add(record, frozen, layers, self.method.freezer)
+        _, seconds = self._timed(self._commit)
+        return self.rows.committed(seconds)
+
+    def _train(self, epoch: int) -> float:
+        """One epoch; the mean loss. Nothing in the loop waits for the device."""
+        seed_globals(self.spec.seed, "training", epoch)
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for inputs, targets in self.batches.train(epoch):
+            with self._autocast():
+                outputs = self.model(inputs)
+                loss = self.task.loss(outputs, targets)
+            self.method.after_forward(inputs, outputs)
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            self.method.after_backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.method.after_step()
+            self.optimizer.zero_grad()
+            total += loss.detach() * len(targets)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        mean: float = total.item() / self.batches.size("train")
+        return mean
+
+    def _test(self) -> tuple[float, float, float]:
+        """(validation loss, test loss, test metric)."""
+        return (self._evaluate("validation")[0], *self._evaluate("test"))
+
+    @torch.no_grad()
+    def _evaluate(self, part: str) -> tuple[float, float]:
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        meter = self.task.meter()
+        for inputs, targets in self.batches.evaluate(part):
+            with self._autocast():
+                outputs = self.model(inputs)
+                total += self.task.loss(outputs, targets) * len(targets)
+            meter.add(outputs, targets)
+        return float(total) / max(self.batches.size(part), 1), meter.value()
+
+    def _autocast(self) -> torch.autocast:
+        dtype = HALF.get(self.recipe.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        start = time.perf_counter()
+        result = work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - start
+
+    def _peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+def build_optimizer(
+    suite: Suite, parameters: Iterator[Tensor]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    """The recipe's optimizer and scheduler, each by torch's own name.
+
+    Raises UserError for an unknown name or for arguments that torch refuses.
+    """
+    optimizer = _torch_class(torch.optim, torch.optim.Optimizer, suite, "optimizer", parameters)
+    if suite.recipe.scheduler is None:
+        return optimizer, None
+    kind = torch.optim.lr_scheduler
+    scheduler = _torch_class(kind, kind.LRScheduler, suite, "scheduler", optimizer)
+    milestones = getattr(scheduler, "milestones", [])
+    if not all(isinstance(epoch, int) for epoch in milestones):  # torch would ignore them
+        raise UserError(
+            f"suite {suite.name}: recipe.scheduler.milestones: {list(milestones)} must be a list "
+            "of epochs, such as [15, 22]"
+        )
+    return optimizer, scheduler
+
+
+def _torch_class(module: Any, base: Any, suite: Suite, key: str, argument: Any) -> Any:
+    named = getattr(suite.recipe, key)
+    cls = getattr(module, named.name, None)
+    where = f"suite {suite.name}: recipe.{key}"
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        known = [n for n in dir(module) if isinstance(getattr(module, n), type)]
+        names = ", ".join(n for n in known if issubclass(getattr(module, n), base) and n[0] != "_")
+        raise UserError(f"{where}: unknown name {named.name!r}; torch has {names}")
+    try:
+        return cls(argument, **named.arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {named.name} refuses its arguments: {error}") from None

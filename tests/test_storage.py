@@ -1,0 +1,79 @@
+import os
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from trials import run, small
+
+from harness.errors import UserError
+from harness.records import SCHEMAS, EpochRecord
+from harness.storage import Store, from_bytes, identified, to_bytes
+
+
+def test_records_and_schema_have_the_same_columns():
+    assert list(EpochRecord.__dataclass_fields__) == SCHEMAS["epochs"].names[5:]
+
+
+def test_tables_survive_the_way_through_a_checkpoint():
+    rows = [{"epoch": 1, "layer": "conv", "frozen": None, "phi_quantiles": [0.5, 1.0]}]
+    table = identified(small("baseline"), rows, "layers")
+    assert from_bytes(to_bytes(table)).equals(table)
+    assert table.schema.equals(SCHEMAS["layers"])
+    assert from_bytes(to_bytes(SCHEMAS["epochs"].empty_table())).num_rows == 0
+
+
+def test_every_file_of_a_table_has_the_same_schema(tmp_path):
+    for method in ("baseline", "neq"):
+        run(small(method, "recipe.epochs=2"), tmp_path)
+    for kind, schema in SCHEMAS.items():
+        for path in (tmp_path / "digits" / kind).iterdir():
+            assert pq.read_schema(path).equals(schema)
+
+
+def test_readers_skip_files_that_are_being_written(tmp_path):
+    run(small("baseline", "recipe.epochs=1"), tmp_path)
+    for kind in SCHEMAS:
+        (tmp_path / "digits" / kind / ".half.parquet.x1").write_bytes(b"half")
+    assert len(pd.read_parquet(tmp_path / "digits" / "epochs")) == 1
+    assert Store(tmp_path, "digits").read("epochs").num_rows == 1
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    store, spec = Store(tmp_path, "digits"), small("baseline")
+    store.save_checkpoint(spec.key, {"epoch": torch.tensor(1)})
+
+    def full(_fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save_checkpoint(spec.key, {"epoch": torch.tensor(2)})
+    assert store.load_checkpoint(spec.key)["epoch"] == 1
+    assert len(list((tmp_path / "digits" / "checkpoints").iterdir())) == 1
+
+
+def test_damaged_and_newer_files_are_refused_in_one_line(tmp_path):
+    run(small("baseline", "recipe.epochs=1"), tmp_path)
+    store = Store(tmp_path, "digits")
+    (path,) = (tmp_path / "digits" / "epochs").iterdir()
+    table = pq.read_table(path)
+    newer = table.replace_schema_metadata({"neqbench.schema": "99"})
+    pq.write_table(newer, path)
+    with pytest.raises(UserError, match="schema version 99"):
+        store.read("epochs")
+    pq.write_table(pa.table({"other": [1]}), path)
+    with pytest.raises(UserError, match="schema version"):
+        store.read("epochs")
+    path.write_bytes(b"PAR1 no parquet")
+    with pytest.raises(UserError, match="is damaged"):
+        store.read("epochs")
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        Store(tmp_path / "file", "digits").check_writable()
+    Store(tmp_path / "new", "digits").check_writable()
+    assert not list((tmp_path / "new" / "digits").glob(".*"))

@@ -1,0 +1,75 @@
+"""Small real trials for the tests: a few epochs of the digits suite, or of a suite of one's own."""
+
+import torch
+
+from harness import plan
+from harness.rows import Slot
+from harness.storage import Store
+from harness.trial import supervised
+
+SMALL = [
+    "data.train_size=230",
+    "data.validation_size=20",
+    "recipe.epochs=5",
+    "recipe.batch_size=40",
+    "recipe.scheduler.milestones=[2, 4]",
+    "methods.neq.eps=0.01",
+    "methods.freeze_after.epoch=2",
+    "methods.neq-reference={kind='neq', eps=0.01, recursion='reference', similarity='sample'}",
+]
+METHODS = ["baseline", "neq", "neq-reference", "random", "smallest_velocity", "freeze_after"]
+SLOT = Slot(gpu=False, sharing=1)
+
+
+def small(method, *settings, seed=0, suite="digits"):
+    (spec,) = plan.specs(suite, [*SMALL, *settings], method, str(seed))
+    return spec
+
+
+def run(spec, root, epochs=None):
+    """The trial's events; stopped from outside after `epochs` records."""
+    seen = []
+    events = supervised(spec, str(root), SLOT)
+    for event in events:
+        seen.append(event)
+        if epochs is not None and len(seen) == epochs + 1:
+            events.close()
+            break
+    return seen
+
+
+def results(spec, root):
+    """(checkpoint, epochs table, layers table): all but what is measured."""
+    store = Store(root, spec.suite.name)
+    checkpoint = store.load_checkpoint(spec.key)
+    del checkpoint["rows"]
+    tables = []
+    for kind in ("epochs", "layers"):
+        table = store.read(kind).to_pandas()
+        table = table[table["trial"] == spec.key]
+        measured = [c for c in table if c.startswith("seconds_") or c == "peak_memory_bytes"]
+        tables.append(table.drop(columns=measured).reset_index(drop=True))
+    return checkpoint, *tables
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def bits(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def assert_same_results(spec, root, other):
+    ours, theirs = results(spec, root), results(spec, other)
+    assert same(ours[0], theirs[0])
+    for one, two in zip(ours[1:], theirs[1:], strict=True):
+        assert one.to_json(double_precision=15) == two.to_json(double_precision=15)
+        assert len(one) > 0
