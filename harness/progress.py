@@ -1,0 +1,145 @@
+"""Live progress of a run: a table in a terminal, plain lines elsewhere."""
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from harness.config import TrialSpec
+from harness.records import EpochRecord
+from harness.rows import Failure
+from harness.trial import Event
+
+
+@dataclass(slots=True)
+class _Running:
+    spec: TrialSpec
+    records: list[EpochRecord] = field(default_factory=list)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the mean speed so far."""
+        if not self.records:
+            return None
+        seconds = sum(_seconds(record) for record in self.records) / len(self.records)
+        return seconds * (self.spec.suite.recipe.epochs - len(self.records))
+
+
+def _seconds(record: EpochRecord) -> float:
+    return (
+        record.seconds_train
+        + record.seconds_equilibrium
+        + record.seconds_test
+        + (record.seconds_checkpoint or 0.0)
+    )
+
+
+class Progress:
+    """Follows the events of a run; `failures` lists the trials that failed, with the reason."""
+
+    def __init__(self, console: Console, done: int, to_do: int) -> None:
+        self.failures: list[tuple[TrialSpec, str]] = []
+        self._console = console
+        self._done, self._to_do = done, to_do
+        self._running: dict[str, _Running] = {}
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+            self._live.update(self._view())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def follow(self, spec: TrialSpec, event: Event | None) -> None:
+        """One event of one trial; None ends it."""
+        trial = self._running.get(spec.key)
+        if trial is None:
+            trial = self._running[spec.key] = _Running(spec)
+            self._to_do -= 1
+        if isinstance(event, EpochRecord):
+            trial.records.append(event)
+        elif isinstance(event, Failure):
+            self.failures.append((spec, event.reason))
+            self._print(Text(f"failed  {_name(spec)}: {event.reason}", style="red"))
+        elif event is None:
+            del self._running[spec.key]
+            if all(spec != failed for failed, _ in self.failures):
+                self._finish(trial)
+        if self._live:
+            self._live.update(self._view())
+
+    def _finish(self, trial: _Running) -> None:
+        self._done += 1
+        last = trial.records[-1]
+        seconds = sum(_seconds(record) for record in trial.records)
+        self._print(
+            Text(
+                f"done    {_name(trial.spec)}: {last.epoch + 1} epochs, metric "
+                f"{last.test_metric:.4f}, {_frozen(last)} frozen, {seconds:.0f} s "
+                f"({self._summary()})"
+            )
+        )
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)
+
+    def _summary(self) -> str:
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"{self._done} done, {len(self._running)} running, {self._to_do} to do{failed}"
+
+    def _view(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("trial", no_wrap=True)
+        for title in ("epoch", "metric", "frozen", "left"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for trial in self._running.values():
+            table.add_row(_name(trial.spec), *_cells(trial))
+        return Group(table, Text(self._summary() + self._time_left(), style="bold"))
+
+    def _time_left(self) -> str:
+        known = [t for t in self._running.values() if t.records]
+        if not known:
+            return ""
+        each = sum(_seconds(r) for t in known for r in t.records)
+        each /= sum(len(t.records) for t in known)
+        waiting = self._to_do * known[0].spec.suite.recipe.epochs
+        left = sum(t.spec.suite.recipe.epochs - len(t.records) for t in self._running.values())
+        return f", about {_duration(each * (waiting + left) / len(self._running))} left"
+
+
+def _cells(trial: _Running) -> list[str]:
+    epochs = trial.spec.suite.recipe.epochs
+    if not trial.records:
+        return [f"0/{epochs}", "–", "–", "–"]
+    last, left = trial.records[-1], trial.seconds_left
+    done = f"{last.epoch + 1}/{epochs}"
+    return [done, f"{last.test_metric:.4f}", _frozen(last), _duration(left or 0.0)]
+
+
+def _name(spec: TrialSpec) -> str:
+    return f"{spec.suite.name} {spec.method} seed {spec.seed}"
+
+
+def _frozen(record: EpochRecord) -> str:
+    return f"{record.frozen_neurons / record.total_neurons:.0%}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,156 @@
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from trials import METHODS, assert_same_results, small
+
+from harness import suites
+from harness.errors import UserError
+from harness.executors import Inline, Ray
+from harness.records import EpochRecord
+from harness.rows import Failure
+from harness.storage import Store
+from harness.trial import Started
+
+pytestmark = [
+    # Ray's own: sockets and files that it leaves to the interpreter's exit.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+# Data that say which process reads them, and a model that breaks for one seed.
+PARTS = """
+import os
+from pathlib import Path
+
+import torch
+from harness import suites
+from harness.streams import derive
+from suites.resnet import resnet8
+
+HERE = Path(__file__).parent
+
+def load(options):
+    (HERE / "pid").write_text(str(os.getpid()))
+    suite, folder = suites.load("digits")
+    return suites.part("data:load", folder)(options)
+
+class Breaking(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = resnet8()
+        self.broken = torch.initial_seed() == derive(1, "initialisation")
+        self.batches = 0
+
+    def forward(self, x):
+        self.batches += self.training and torch.is_grad_enabled()
+        if self.broken and self.batches > 12:
+            raise RuntimeError("a bug of the user's")
+        return self.inner(x)
+"""
+
+
+@pytest.fixture
+def own_suite(tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(suites.builtin()["digits"].parent, folder)
+    (folder / "data.py").unlink()
+    (folder / "parts.py").write_text(PARTS)
+    text = (folder / "suite.toml").read_text()
+    text = text.replace("data:load", "parts:load").replace('["fc"]', '["inner.fc"]')
+    text = text.replace("suites.resnet:resnet8", "parts:Breaking")
+    (folder / "suite.toml").write_text(text)
+    return folder
+
+
+def records(events, spec):
+    mine = [event for owner, event in events if owner == spec]
+    assert mine[-1] is None
+    return [event for event in mine if isinstance(event, EpochRecord)]
+
+
+def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(tmp_path):
+    specs = [small(method, "recipe.epochs=4") for method in METHODS]
+    list(Inline().run(specs, str(tmp_path / "inline")))
+    lengths, events = [], []
+    for spec, event in Ray().run(specs, str(tmp_path / "ray")):
+        events.append((spec, event))
+        if isinstance(event, EpochRecord):
+            lengths.append(len(pd.read_parquet(tmp_path / "ray" / "digits" / "epochs")))
+    assert lengths[-1] == 4 * len(specs)
+    assert len(set(lengths)) > 2
+    for spec in specs:
+        assert [record.epoch for record in records(events, spec)] == [0, 1, 2, 3]
+        assert_same_results(spec, tmp_path / "inline", tmp_path / "ray")
+    shared = pd.read_parquet(tmp_path / "ray" / "digits" / "trials")["trials_on_device"]
+    assert (shared == min(os.cpu_count(), len(specs))).all()
+
+
+def test_a_killed_worker_comes_back_from_its_checkpoint(tmp_path, own_suite):
+    spec = small("neq", suite=str(own_suite))
+    list(Inline().run([spec], str(tmp_path / "through")))
+    events, killed = [], False
+    for owner, event in Ray().run([spec], str(tmp_path / "ray")):
+        events.append((owner, event))
+        if isinstance(event, EpochRecord) and event.epoch == 1 and not killed:
+            worker = int((own_suite / "pid").read_text())
+            assert worker != os.getpid()
+            os.kill(worker, signal.SIGKILL)
+            killed = True
+    assert [record.epoch for record in records(events, spec)] == list(range(5))
+    assert_same_results(spec, tmp_path / "through", tmp_path / "ray")
+    row = Store(tmp_path / "ray", "own").trial(spec.key)
+    assert (row["state"], row["attempts"]) == ("done", 2)
+
+
+def test_a_second_attempt_that_fails_sooner_is_heard(tmp_path, own_suite):
+    spec = small("neq", suite=str(own_suite))
+    events = []
+    for owner, event in Ray().run([spec], str(tmp_path)):
+        events.append((owner, event))
+        if isinstance(event, EpochRecord) and event.epoch == 1:
+            (own_suite / "parts.py").write_text("raise RuntimeError('changed meanwhile')")
+            os.kill(int((own_suite / "pid").read_text()), signal.SIGKILL)
+    assert [record.epoch for record in records(events, spec)] == [0, 1]
+    (failure,) = [event for _, event in events if isinstance(event, Failure)]
+    assert "changed meanwhile" in failure.reason
+    assert Store(tmp_path, "own").trial(spec.key)["state"] == "failed"
+
+
+def test_a_worker_that_always_dies_is_a_failure_in_the_end(tmp_path, own_suite):
+    spec = small("baseline", suite=str(own_suite))
+    (own_suite / "parts.py").write_text("import os\nos._exit(1)")
+    events = [event for _, event in Ray().run([spec], str(tmp_path))]
+    assert [type(event) for event in events] == [Started, Failure, type(None)]
+    assert events[1].reason == "its worker died 4 times (WorkerCrashedError)"
+    assert Store(tmp_path, "own").trial(spec.key)["reason"] == events[1].reason
+
+
+@pytest.mark.parametrize("executor", [Inline, Ray])
+def test_a_trial_that_raises_does_not_stop_the_others(tmp_path, own_suite, executor):
+    specs = [small("neq", seed=seed, suite=str(own_suite)) for seed in (0, 1, 2)]
+    events = list(executor().run(specs, str(tmp_path)))
+    (failure,) = [event for _, event in events if isinstance(event, Failure)]
+    assert failure.reason == "RuntimeError: a bug of the user's"
+    store = Store(tmp_path, "own")
+    rows = [store.trial(spec.key) for spec in specs]
+    assert [row["state"] for row in rows] == ["done", "failed", "done"]
+    assert "parts.py" in rows[1]["traceback"]
+    assert rows[1]["epochs_done"] == 2
+    assert [len(records(events, spec)) for spec in specs] == [5, 2, 5]
+
+
+def test_more_than_the_machine_has(tmp_path):
+    with pytest.raises(UserError, match="asks for 4096 CPUs and 0 GPUs, more than any node"):
+        list(Ray().run([small("baseline", "resources.cpus=4096")], str(tmp_path)))
+    for executor in (Inline(), Ray()):
+        with pytest.raises(UserError, match=r"asks for 2\.0 and .* has none"):
+            list(executor.run([small("baseline", "resources.gpus=2")], str(tmp_path)))
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
+        list(Ray("127.0.0.1:9").run([small("baseline")], str(tmp_path)))
+    assert not any(Path(tmp_path).glob("*/trials/*"))
