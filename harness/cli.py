@@ -1,0 +1,193 @@
+"""The command line. Heavy imports happen inside commands: `--help` answers at once."""
+
+import json
+import os
+import sys
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from harness.errors import UserError
+
+app = typer.Typer(
+    name="neqbench",
+    help="What does freezing neurons at equilibrium save in training, and what does it cost?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+SuiteName = Annotated[str, typer.Argument(help="A suite's name, or a folder with a suite.toml.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change the suite: recipe.epochs=5."),
+]
+Methods = Annotated[str | None, typer.Option(help="Which methods: baseline,neq.")]
+Seeds = Annotated[str | None, typer.Option(help="Which seeds: 0-4 or 0,2.")]
+Results = Annotated[str, typer.Option(metavar="ROOT", help="Where results lie.")]
+Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or for programs.")]
+
+
+def main() -> NoReturn:
+    """Entry point: a wrong input is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last epoch", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+@app.command()
+def suites(format: Format = "rich") -> None:
+    """List the suites that can be run."""
+    from harness.suites import builtin, load
+
+    loaded = [load(name)[0] for name in builtin()]
+    if format == "json":
+        _json([suite.model_dump(mode="json") for suite in loaded])
+        return
+    table = _table("suite", "what", "methods", "seeds", "epochs")
+    for suite in loaded:
+        chosen = suite.default_methods or tuple(suite.methods)
+        more = [name for name in suite.methods if name not in chosen]
+        methods = ", ".join(chosen) + (f" (also {', '.join(more)})" if more else "")
+        cells = [suite.name, suite.title, methods, len(suite.seeds), suite.recipe.epochs]
+        table.add_row(*map(str, cells))
+    _console().print(table)
+
+
+@app.command()
+def plan(
+    suite: SuiteName,
+    settings: Settings = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    results: Results = "results",
+    format: Format = "rich",
+) -> None:
+    """Show the trials of a suite with key and state; nothing is run."""
+    from harness.plan import specs, states
+
+    planned = states(specs(suite, settings or (), methods, seeds), results)
+    if format == "json":
+        _json(
+            [
+                {
+                    "trial": p.spec.key,
+                    "group": p.spec.group,
+                    "method": p.spec.method,
+                    "seed": p.spec.seed,
+                    "state": p.state,
+                    "epochs_done": p.epochs_done,
+                    "epochs": p.spec.suite.recipe.epochs,
+                }
+                for p in planned
+            ]
+        )
+        return
+    table = _table("trial", "method", "seed", "state", "epochs")
+    for p in planned:
+        epochs = f"{p.epochs_done}/{p.spec.suite.recipe.epochs}"
+        table.add_row(p.spec.key, p.spec.method, str(p.spec.seed), p.state, epochs)
+    _console().print(table)
+
+
+@app.command()
+def run(
+    suite: SuiteName,
+    settings: Settings = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    results: Results = "results",
+    executor: Annotated[
+        Literal["ray", "inline"], typer.Option(help="Ray tasks, or this process.")
+    ] = "ray",
+    address: Annotated[
+        str | None, typer.Option(help="Join the Ray cluster at this address.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Also try failed trials again.")
+    ] = False,
+) -> None:
+    """Run what is not done yet, then print the report. The same command resumes."""
+    from harness.run import run as run_suite
+
+    failed = run_suite(
+        suite,
+        settings or (),
+        methods=methods,
+        seeds=seeds,
+        root=results,
+        executor=executor,
+        address=address,
+        retry_failed=retry_failed,
+        console=_console(),
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    what: Annotated[str, typer.Argument(help="A suite, a results root, or a suite's results.")],
+    results: Results = "results",
+    format: Format = "rich",
+) -> None:
+    """Compare the methods of stored runs with the baseline."""
+    from harness.report import model, terminal
+
+    tables = model.load(model.folders(what, results))
+    if format == "json":
+        print(model.to_json(tables))
+    else:
+        terminal.show(tables, _console())
+
+
+@app.command()
+def flops(
+    suite: Annotated[str | None, typer.Argument(help="A suite; or give --model.")] = None,
+    settings: Settings = None,
+    model: Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any model.")] = None,
+    input: Annotated[
+        str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
+    ] = None,
+    frozen: Annotated[float, typer.Option(help="Share of the freezable neurons.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draw of frozen neurons.")] = 0,
+    format: Format = "rich",
+) -> None:
+    """Count a model's forward and backward FLOPs per sample."""
+    from harness.count import count, show
+
+    counted = count(suite, settings or (), model, input, frozen, seed)
+    if format == "json":
+        _json(counted.json())
+    else:
+        show(counted, _console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _table(*titles: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        table.add_column(title)
+    return table
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

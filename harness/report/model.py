@@ -1,0 +1,194 @@
+"""The table model: what every renderer shows, computed once from the stored rows."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.errors import UserError
+from harness.methods import KINDS
+from harness.storage import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodRow:
+    """One method over its finished seeds; None where it can't be said.
+
+    FLOPs are of one backward of one sample, averaged over epochs and seeds; shares are of the
+    dense backward (for `paper`: of the paper's count with nothing frozen). `saved` counts the cost
+    of deciding in: 1 − (required + overhead) / dense; `saved_paper` is the published way.
+    `difference` is to the baseline, over the seeds that both have, in units of the metric.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    n: int
+    seeds: list[int]
+    metric_mean: float
+    metric_std: float | None
+    difference: float | None
+    dense: float
+    paper: float
+    paper_share: float
+    required: float
+    required_share: float
+    overhead: float
+    overhead_share: float
+    saved: float
+    saved_paper: float
+    seconds_train: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupTable:
+    """All that may be compared: trials that share recipe, model, data and code numerics.
+
+    `timing_shared`: trials shared a CPU or GPU, so that their seconds are no measurement.
+    `unfinished` and `failed` name what the rows leave out.
+    """
+
+    suite: str
+    group: str
+    title: str
+    metric: str
+    data: str
+    epochs: int
+    precision: str
+    devices: list[str]
+    timing_shared: bool
+    dense: float
+    paper_dense: float
+    methods: list[MethodRow]
+    unfinished: list[str]
+    failed: list[str]
+
+
+def folders(where: str, root: str) -> list[Path]:
+    """Results folders meant by a suite's name (below `root`), a results root, or one folder.
+
+    Raises UserError where there are none.
+    """
+    for path in (Path(root) / where, Path(where)):
+        if (path / "trials").is_dir():
+            return [path]
+        below = sorted(p.parent for p in path.glob("*/trials") if p.is_dir())
+        if below:
+            return below
+    raise UserError(
+        f"no results for {where!r} below {root!r}: run `neqbench run {where}` first, or name the "
+        "folder that holds them"
+    )
+
+
+def load(paths: Iterable[Path]) -> list[GroupTable]:
+    """The tables of all groups below these folders; raises UserError where nothing is stored."""
+    tables = []
+    for path in paths:
+        store = Store(path.parent, path.name)
+        trials, epochs = store.read("trials").to_pandas(), store.read("epochs").to_pandas()
+        for group, rows in trials.groupby("group", sort=False):
+            tables.append(_group(str(group), rows, epochs[epochs["group"] == group]))
+    if not tables:
+        raise UserError(f"{', '.join(map(str, paths))}: no trial has been started yet")
+    return tables
+
+
+def to_json(tables: list[GroupTable]) -> str:
+    """The documented JSON: {"groups": [GroupTable, …]}."""
+    return json.dumps({"groups": [_plain(asdict(table)) for table in tables]}, indent=2)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable:
+    first = trials.iloc[0]
+    experiment = json.loads(first["experiment"])
+    done = trials[trials["state"] == "done"]
+    per_trial = _per_trial(epochs[epochs["trial"].isin(done["trial"])])
+    rows = _methods(done, per_trial)
+    return GroupTable(
+        suite=first["suite"],
+        group=group,
+        title=first["title"],
+        metric=first["metric"],
+        data=first["data"],
+        epochs=int(first["epochs"]),
+        precision=experiment["recipe"]["precision"],
+        devices=sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique()),
+        timing_shared=bool((done["trials_on_device"] > 1).any()),
+        dense=rows[0].dense if rows else math.nan,
+        paper_dense=float(per_trial["paper_dense"].mean()) if rows else math.nan,
+        methods=rows,
+        unfinished=[
+            f"{t.method} seed {t.seed}: {t.epochs_done} of {t.epochs} epochs"
+            for t in trials[trials["state"] == "running"].itertuples()
+        ],
+        failed=[
+            f"{t.method} seed {t.seed}: {t.reason}"
+            for t in trials[trials["state"] == "failed"].itertuples()
+        ],
+    )
+
+
+def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
+    """One row a trial: last metric, mean FLOPs per sample, seconds."""
+    epochs = epochs.sort_values("epoch")
+    for name in ("dense", "paper", "required"):
+        epochs[name] = epochs[f"backward_flops_{name}"] / epochs["samples"]
+    epochs["overhead"] = epochs["overhead_flops"] / epochs["samples"]
+    return epochs.groupby("trial").agg(
+        value=("test_metric", "last"),
+        dense=("dense", "mean"),
+        paper=("paper", "mean"),
+        required=("required", "mean"),
+        overhead=("overhead", "mean"),
+        paper_dense=("paper", "first"),  # everything trains in epoch 0
+        seconds=("seconds_train", "sum"),
+    )
+
+
+def _methods(done: pd.DataFrame, per_trial: pd.DataFrame) -> list[MethodRow]:
+    joined = done.join(per_trial, on="trial")
+    baseline = joined[joined["method"] == "baseline"].set_index("seed")["value"]
+    groups = sorted(joined.groupby("method"), key=lambda item: _order(item[1]))
+    return [_method(str(name), rows.sort_values("seed"), baseline) for name, rows in groups]
+
+
+def _order(rows: pd.DataFrame) -> tuple[int, str]:
+    first = rows.iloc[0]
+    return list(KINDS).index(json.loads(first["parameters"])["kind"]), str(first["method"])
+
+
+def _method(name: str, rows: pd.DataFrame, baseline: "pd.Series[float]") -> MethodRow:
+    means = rows[["value", "dense", "paper", "required", "overhead", "paper_dense"]].mean()
+    difference = (rows.set_index("seed")["value"] - baseline).dropna()
+    return MethodRow(
+        method=name,
+        parameters=json.loads(rows.iloc[0]["parameters"]),
+        n=len(rows),
+        seeds=[int(seed) for seed in rows["seed"]],
+        metric_mean=float(means["value"]),
+        metric_std=float(rows["value"].std(ddof=1)) if len(rows) > 1 else None,
+        difference=float(difference.mean()) if name != "baseline" and len(difference) else None,
+        dense=float(means["dense"]),
+        paper=float(means["paper"]),
+        paper_share=float(means["paper"] / means["paper_dense"]),
+        required=float(means["required"]),
+        required_share=float(means["required"] / means["dense"]),
+        overhead=float(means["overhead"]),
+        overhead_share=float(means["overhead"] / means["dense"]),
+        saved=float(1 - (means["required"] + means["overhead"]) / means["dense"]),
+        saved_paper=float(1 - means["paper"] / means["paper_dense"]),
+        seconds_train=float(rows["seconds"].mean()),
+    )

@@ -1,0 +1,92 @@
+"""The report in a terminal, readable from 80 columns on."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from harness.report.model import GroupTable, MethodRow
+
+NOTE = (
+    "Backward FLOPs of one sample, mean over epochs, in {unit}FLOPs: {dense} dense. required: the "
+    "least that an exact backward can do; saved counts the cost of deciding in. paper: the "
+    "published convention, {paper_dense} with nothing frozen."
+)
+SHARED = "* Trials shared a device: these seconds are no measurement."
+
+
+def show(tables: list[GroupTable], console: Console) -> None:
+    """One table per group, then what it leaves out."""
+    for table in tables:
+        _show(table, console)
+
+
+def _show(table: GroupTable, console: Console) -> None:
+    console.print(Text(f"{table.suite}: {table.title}", style="bold"))
+    facts = (
+        f"{table.data} · {table.epochs} epochs · {table.precision} · "
+        f"{', '.join(table.devices)} · group {table.group}"
+    )
+    console.print(Text(facts, style="dim"))
+    if table.methods:
+        unit, scale = _unit(table.dense)
+        console.print(_grid(table, scale))
+        note = NOTE.format(
+            unit=unit,
+            dense=f"{table.dense / scale:.2f}",
+            paper_dense=f"{table.paper_dense / scale:.2f}",
+        )
+        _say(note, console)
+        if table.timing_shared:
+            _say(SHARED, console)
+    else:
+        _say("No trial is finished yet.", console)
+    for what, lines in (("Unfinished", table.unfinished), ("Failed", table.failed)):
+        for line in lines:
+            _say(f"{what}: {line}", console, style="red" if what == "Failed" else "yellow")
+    console.print()
+
+
+def _grid(table: GroupTable, scale: float) -> Table:
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
+    grid.add_column("method", no_wrap=True)
+    mark = "*" if table.timing_shared else ""
+    for title in (
+        "n",
+        f"{table.metric}\n%",
+        "Δ\npp",
+        "required\n",
+        "decide\n%",
+        "saved\n%",
+        "paper\n",
+        "saved\n%",
+        f"train\ns{mark}",
+    ):
+        grid.add_column(title, justify="right", no_wrap=True)
+    for row in table.methods:
+        grid.add_row(row.method, *_cells(row, scale))
+    return grid
+
+
+def _cells(row: MethodRow, scale: float) -> list[str]:
+    spread = "" if row.metric_std is None else f" ± {100 * row.metric_std:.2f}"
+    return [
+        str(row.n),
+        f"{100 * row.metric_mean:.2f}{spread}",
+        "–" if row.difference is None else f"{100 * row.difference:+.2f}",
+        f"{row.required / scale:.2f}",
+        f"{100 * row.overhead_share:.1f}",
+        f"{100 * row.saved:.1f}",
+        f"{row.paper / scale:.2f}",
+        f"{100 * row.saved_paper:.1f}",
+        f"{row.seconds_train:.1f}",
+    ]
+
+
+def _unit(flops: float) -> tuple[str, float]:
+    return next((u, s) for u, s in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)) if flops >= s)
+
+
+def _say(text: str, console: Console, style: str = "") -> None:
+    console.print(Padding(Text(text, style=style), (0, 0, 0, 0)))

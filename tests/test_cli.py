@@ -1,0 +1,137 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from trials import SMALL
+
+NEQBENCH = Path(sys.executable).parent / "neqbench"
+
+
+def neqbench(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [NEQBENCH, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80"} | environment,
+    )
+
+
+def small(root, *more):
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    return ["run", "digits", *settings, "--executor", "inline", "--results", root, *more]
+
+
+def test_run_resume_report(tmp_path):
+    arguments = small(tmp_path, "--methods", "baseline,neq", "--seeds", "0-1")
+    first = neqbench(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("done    digits") == 4
+    assert "4 done, 0 running, 0 to do" in first.stdout
+    table = first.stdout[first.stdout.index("digits: Handwritten") :]
+    again = neqbench(*arguments)
+    assert again.returncode == 0
+    assert again.stdout == table  # nothing computed, the same report
+    report = neqbench("report", "digits", "--results", tmp_path)
+    assert (report.returncode, report.stdout) == (0, table)
+    value = json.loads(
+        neqbench("report", "digits", "--results", tmp_path, "--format", "json").stdout
+    )
+    assert [m["n"] for m in value["groups"][0]["methods"]] == [2, 2]
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    plan = neqbench("plan", "digits", *settings, "--results", tmp_path, "--format", "json")
+    states = {(p["method"], p["seed"]): p["state"] for p in json.loads(plan.stdout)}
+    assert len(states) == 15
+    assert [key for key, state in states.items() if state == "done"] == [
+        (method, seed) for seed in (0, 1) for method in ("baseline", "neq")
+    ]
+    more = neqbench(*small(tmp_path, "--methods", "baseline,neq", "--seeds", "0-2"))
+    assert more.stdout.count("done    digits") == 2  # a suite that grows runs only what is new
+
+
+def test_a_failed_trial_is_exit_1_and_kept_until_asked_for(tmp_path):
+    settings = ["--set", "recipe.optimizer.lr=1e30", "--seeds", "0", "--methods", "baseline"]
+    first = neqbench(*small(tmp_path, *settings))
+    assert first.returncode == 1
+    assert "failed  digits baseline seed 0: the training loss became" in first.stdout
+    assert "Failed: baseline seed 0" in first.stdout
+    again = neqbench(*small(tmp_path, *settings))
+    assert again.returncode == 1
+    assert "failed  digits" not in again.stdout  # reported, not tried
+    retried = neqbench(*small(tmp_path, *settings, "--retry-failed"))
+    assert retried.returncode == 1
+    assert "failed  digits" in retried.stdout
+    assert pd.read_parquet(tmp_path / "digits/trials")["attempts"].tolist() == [2]
+
+
+def test_published_counts():
+    suite = json.loads(neqbench("flops", "cifar10", "--format", "json").stdout)
+    assert suite["backward"]["paper"] == 138_937_600
+    assert (suite["neurons"], suite["frozen"], suite["verify"]) == (2282, 0.0, None)
+    arguments = ["--model", "torchvision.models:resnet18", "--input", "3x224x224"]
+    any_model = json.loads(neqbench("flops", *arguments, "--format", "json").stdout)
+    assert any_model["backward"]["paper"] == 3_638_081_536
+    half = json.loads(
+        neqbench("flops", *arguments, "--frozen", "0.5", "--seed", "1", "--format", "json").stdout
+    )
+    assert half["frozen"] == (10600 - 1000) / 2 / 10600  # the head never freezes
+    assert half["backward"]["required"] < any_model["backward"]["required"]
+    assert half["backward"]["dense"] == any_model["backward"]["dense"]
+    people = neqbench("flops", *arguments).stdout
+    assert "3,638,081,536" in people
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "digitz"], "unknown suite 'digitz' (did you mean 'digits'?)"),
+        (["run", "digits", "--methods", "neq,foo"], "unknown method 'foo'"),
+        (["run", "digits", "--set", "recipe.epoch=5"], "recipe.epoch: unknown key"),
+        (["run", "digits", "--set", "methods.neq.eps=-1"], "methods.neq.eps"),
+        (["run", "digits", "--set", "methods.neq.mu=1"], "methods.neq.mu"),
+        (["run", "digits", "--set", "seeds=[]"], "seeds: must not be empty"),
+        (["run", "digits", "--set", "recipe.epochs=0"], "recipe.epochs"),
+        (["run", "digits", "--set", "data.validation_size=1200"], "none to train on"),
+        (["run", "digits", "--set", "recipe.optimizer.name=X"], "unknown name 'X'"),
+        (["run", "digits", "--results", "FILE"], "can't be written"),
+        (["report", "digits", "--results", "nowhere"], "run `neqbench run digits` first"),
+        (["flops"], "name a suite, or a model"),
+        (["flops", "digits", "--model", "a:b"], "name a suite, or a model"),
+        (["flops", "--model", "torchvision.models:nope", "--input", "3x8x8"], "cannot be loaded"),
+        (["flops", "--model", "torchvision.models:resnet18"], "give one sample's shape"),
+        (["flops", "--model", "torchvision.models:resnet18", "--input", "3x0"], "sample's shape"),
+        (["flops", "--model", "torchvision.models:resnet18", "--input", "1x8x8"], "does not run"),
+        (["flops", "digits", "--frozen", "2"], "must be between 0 and 1"),
+        (["flops", "digits", "--input", "3x8x8"], "--input belongs to --model"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(tmp_path, arguments, message):
+    (tmp_path / "FILE").write_text("")
+    result = neqbench(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_help_suites_and_plan(tmp_path):
+    assert "run" in neqbench("--help").stdout
+    listed = json.loads(neqbench("suites", "--format", "json").stdout)
+    assert {suite["name"] for suite in listed} >= {"digits", "cifar10", "cifar10-adam"}
+    assert "cifar10-adam" in neqbench("suites").stdout
+    plan = neqbench("plan", "digits", cwd=tmp_path)
+    assert plan.stdout.count("to do") == 15
+    assert not list(tmp_path.iterdir())  # looking writes nothing
+    module = [sys.executable, "-m", "harness", "suites"]
+    assert subprocess.run(module, capture_output=True).returncode == 0
+
+
+def test_help_imports_nothing_heavy():
+    code = "import harness.cli, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert not {"torch", "ray", "pandas", "scipy", "pyarrow", "pydantic"} & set(loaded.split())

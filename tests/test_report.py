@@ -1,0 +1,120 @@
+import io
+import json
+import math
+
+import numpy
+import pandas as pd
+import pytest
+from rich.console import Console
+from trials import run, small
+
+from harness.errors import UserError
+from harness.report import model, terminal
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    for seed in (0, 1):
+        for method in ("random", "neq", "baseline"):
+            run(small(method, seed=seed), root)
+    run(small("neq", seed=2), root)  # no baseline to compare with
+    run(small("random", seed=2), root, epochs=2)  # unfinished
+    run(small("baseline", "recipe.optimizer.lr=1e30"), root)  # failed, in a group of its own
+    run(small("baseline", "recipe.epochs=1"), root)  # one seed, in a group of its own
+    return root
+
+
+@pytest.fixture(scope="module")
+def tables(root):
+    return model.load(model.folders("digits", str(root)))
+
+
+def test_groups_stand_apart(tables):
+    assert sorted(len(table.methods) for table in tables) == [0, 1, 3]
+    assert len({table.group for table in tables}) == 3
+
+
+def main_table(tables):
+    return next(table for table in tables if len(table.methods) == 3)
+
+
+def test_the_figures_agree_with_the_stored_rows(root, tables):
+    table = main_table(tables)
+    epochs = pd.read_parquet(root / "digits" / "epochs")
+    epochs = epochs[epochs["group"] == table.group]
+    assert [row.method for row in table.methods] == ["baseline", "neq", "random"]
+    for row in table.methods:
+        mine = epochs[(epochs["method"] == row.method) & epochs["seed"].isin(row.seeds)]
+        last = mine[mine["epoch"] == 4].set_index("seed")["test_metric"]
+        assert row.metric_mean == pytest.approx(numpy.mean(last))
+        assert row.metric_std == pytest.approx(numpy.std(last, ddof=1))
+        per_sample = mine[[f"backward_flops_{c}" for c in ("dense", "paper", "required")]] / 210
+        means = per_sample.mean().tolist()
+        assert [row.dense, row.paper, row.required] == pytest.approx(means)
+        spent = mine["backward_flops_required"].sum() + mine["overhead_flops"].sum()
+        assert row.saved == pytest.approx(1 - spent / mine["backward_flops_dense"].sum())
+        full = 210 * 5 * len(row.seeds) * table.paper_dense
+        assert row.saved_paper == pytest.approx(1 - mine["backward_flops_paper"].sum() / full)
+        assert row.seconds_train == pytest.approx(mine["seconds_train"].sum() / len(row.seeds))
+    baseline, neq, random = table.methods
+    assert (baseline.n, neq.n, random.n) == (2, 3, 2)
+    assert (baseline.saved, baseline.saved_paper, baseline.overhead) == (0, 0, 0)
+    assert baseline.dense == baseline.required == table.dense
+    last = epochs[epochs["epoch"] == 4].pivot(index="seed", columns="method", values="test_metric")
+    paired = (last["neq"] - last["baseline"]).loc[[0, 1]].mean()
+    assert neq.difference == pytest.approx(paired)
+    assert baseline.difference is None
+
+
+def test_what_is_left_out_is_said(tables):
+    table = main_table(tables)
+    assert table.unfinished == ["random seed 2: 2 of 5 epochs"]
+    (failed,) = [t for t in tables if not t.methods]
+    assert failed.failed[0].startswith("baseline seed 0: the training loss became")
+    (single,) = [t for t in tables if len(t.methods) == 1]
+    assert single.methods[0].metric_std is None
+
+
+def render(tables, width):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    terminal.show(tables, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_nothing_is_cut_off(tables, width):
+    text = render(tables, width)
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    table = main_table(tables)
+    for row in table.methods:
+        (line,) = [li for li in text.splitlines() if li.startswith(f"{row.method} ")][:1]
+        assert f"{100 * row.metric_mean:.2f}" in line
+        assert f"{100 * row.saved:.1f}" in line
+        assert f"{row.paper / 1e6:.2f}" in line
+    assert "Unfinished: random seed 2: 2 of 5 epochs" in text
+    assert "Failed: baseline seed 0: the training loss" in text
+    assert "No trial is finished yet." in text
+
+
+def test_json_is_valid_and_complete(tables):
+    value = json.loads(model.to_json(tables), parse_constant=lambda name: pytest.fail(name))
+    assert {group["group"] for group in value["groups"]} == {table.group for table in tables}
+    group = next(g for g in value["groups"] if len(g["methods"]) == 3)
+    assert group["methods"][1]["parameters"]["eps"] == 0.01
+    empty = next(g for g in value["groups"] if not g["methods"])
+    assert empty["dense"] is None
+    assert math.isnan(next(t for t in tables if not t.methods).dense)
+
+
+def test_a_name_a_root_or_a_folder(root):
+    folder = root / "digits"
+    assert model.folders("digits", str(root)) == [folder]
+    assert model.folders(str(root), "results") == [folder]
+    assert model.folders(str(folder), "results") == [folder]
+    with pytest.raises(UserError, match=r"no results for 'nothing' below .*: run `neqbench run"):
+        model.folders("nothing", str(root))
+    (root / "empty" / "trials").mkdir(parents=True)
+    with pytest.raises(UserError, match="no trial has been started yet"):
+        model.load([root / "empty"])
