@@ -87,6 +87,7 @@ def test_nothing_is_cut_off(tables, width):
     text = render(tables, width)
     assert "…" not in text
     assert all(len(line) <= width for line in text.splitlines())
+    assert not any(line.endswith(" ") for line in text.splitlines() if "─" not in line)
     table = main_table(tables)
     for row in table.methods:
         (line,) = [li for li in text.splitlines() if li.startswith(f"{row.method} ")][:1]

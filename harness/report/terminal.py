@@ -2,16 +2,15 @@
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from harness.report.model import GroupTable, MethodRow
 
 NOTE = (
-    "Backward FLOPs of one sample, mean over epochs, in {unit}FLOPs: {dense} dense. required: the "
-    "least that an exact backward can do; saved counts the cost of deciding in. paper: the "
-    "published convention, {paper_dense} with nothing frozen."
+    "FLOPs: backward of one sample, mean over epochs; {dense} {unit}FLOPs dense. required: the "
+    "least that an exact backward can do; its saving counts the cost of deciding in. paper: the "
+    "published convention, {paper_dense} {unit}FLOPs with nothing frozen."
 )
 SHARED = "* Trials shared a device: these seconds are no measurement."
 
@@ -24,14 +23,12 @@ def show(tables: list[GroupTable], console: Console) -> None:
 
 def _show(table: GroupTable, console: Console) -> None:
     console.print(Text(f"{table.suite}: {table.title}", style="bold"))
-    facts = (
-        f"{table.data} · {table.epochs} epochs · {table.precision} · "
-        f"{', '.join(table.devices)} · group {table.group}"
-    )
-    console.print(Text(facts, style="dim"))
+    facts = f"{table.data} · {table.epochs} epochs · {table.precision} · group {table.group}"
+    _say(facts, console, style="dim")
+    _say(", ".join(table.devices), console, style="dim")
     if table.methods:
         unit, scale = _unit(table.dense)
-        console.print(_grid(table, scale))
+        console.print(_grid(table, unit, scale))
         note = NOTE.format(
             unit=unit,
             dense=f"{table.dense / scale:.2f}",
@@ -48,7 +45,7 @@ def _show(table: GroupTable, console: Console) -> None:
     console.print()
 
 
-def _grid(table: GroupTable, scale: float) -> Table:
+def _grid(table: GroupTable, unit: str, scale: float) -> Table:
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     grid.add_column("method", no_wrap=True)
     mark = "*" if table.timing_shared else ""
@@ -56,10 +53,10 @@ def _grid(table: GroupTable, scale: float) -> Table:
         "n",
         f"{table.metric}\n%",
         "Δ\npp",
-        "required\n",
+        f"required\n{unit}FLOPs",
         "decide\n%",
         "saved\n%",
-        "paper\n",
+        f"paper\n{unit}FLOPs",
         "saved\n%",
         f"train\ns{mark}",
     ):
@@ -80,7 +77,7 @@ def _cells(row: MethodRow, scale: float) -> list[str]:
         f"{100 * row.saved:.1f}",
         f"{row.paper / scale:.2f}",
         f"{100 * row.saved_paper:.1f}",
-        f"{row.seconds_train:.1f}",
+        f"{row.seconds_train:.{0 if row.seconds_train >= 1000 else 1}f}",
     ]
 
 
@@ -89,4 +86,4 @@ def _unit(flops: float) -> tuple[str, float]:
 
 
 def _say(text: str, console: Console, style: str = "") -> None:
-    console.print(Padding(Text(text, style=style), (0, 0, 0, 0)))
+    console.print(Text(text, style=style))
