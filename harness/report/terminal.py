@@ -1,5 +1,7 @@
 """The report in a terminal, readable from 80 columns on."""
 
+from textwrap import fill
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -86,4 +88,4 @@ def _unit(flops: float) -> tuple[str, float]:
 
 
 def _say(text: str, console: Console, style: str = "") -> None:
-    console.print(Text(text, style=style))
+    console.print(Text(fill(text, console.width), style=style))
