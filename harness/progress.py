@@ -1,5 +1,6 @@
 """Live progress of a run: a table in a terminal, plain lines elsewhere."""
 
+import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -46,6 +47,7 @@ class Progress:
         self._console = console
         self._done, self._to_do = done, to_do
         self._running: dict[str, _Running] = {}
+        self._quiet_until = time.monotonic() + 60
         self._live = Live(console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -71,6 +73,7 @@ class Progress:
             self._to_do -= 1
         if isinstance(event, EpochRecord):
             trial.records.append(event)
+            self._still_running(trial)
         elif isinstance(event, Failure):
             self.failures.append((spec, event.reason))
             self._print(Text(f"failed  {_name(spec)}: {event.reason}", style="red"))
@@ -85,11 +88,22 @@ class Progress:
         self._done += 1
         last = trial.records[-1]
         seconds = sum(_seconds(record) for record in trial.records)
+        line = (
+            f"done    {_name(trial.spec)}: {last.epoch + 1} epochs, metric {last.test_metric:.4f}, "
+            f"{_frozen(last)} frozen, {_duration(seconds)}"
+        )
+        self._print(Text(line if self._live else f"{line} ({self._summary()})"))
+
+    def _still_running(self, trial: _Running) -> None:
+        """Where nothing is live, a line a minute tells that the run is."""
+        if self._live or time.monotonic() < self._quiet_until:
+            return
+        self._quiet_until = time.monotonic() + 60
+        epoch, metric, frozen, left = _cells(trial)
         self._print(
             Text(
-                f"done    {_name(trial.spec)}: {last.epoch + 1} epochs, metric "
-                f"{last.test_metric:.4f}, {_frozen(last)} frozen, {seconds:.0f} s "
-                f"({self._summary()})"
+                f"running {_name(trial.spec)}: epoch {epoch}, metric {metric}, {frozen} frozen, "
+                f"{left} left ({self._summary()})"
             )
         )
 

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from trials import SMALL
 
+from harness.cli import main
+
 NEQBENCH = Path(sys.executable).parent / "neqbench"
 
 
@@ -109,14 +111,26 @@ def test_published_counts():
         (["flops", "digits", "--input", "3x8x8"], "--input belongs to --model"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(tmp_path, arguments, message):
+def test_wrong_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "FILE").write_text("")
-    result = neqbench(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert result.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["neqbench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_wrong_input_in_a_process_of_its_own(tmp_path):
+    result = neqbench("run", "digits", "--set", "recipe.epochs=0", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: digits/suite.toml: recipe.epochs: Input should be greater than 0, got 0\n"
+    )
 
 
 def test_help_suites_and_plan(tmp_path):

@@ -1,9 +1,12 @@
 import io
 import json
 import math
+import shutil
 
 import numpy
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from trials import run, small
@@ -107,6 +110,21 @@ def test_json_is_valid_and_complete(tables):
     empty = next(g for g in value["groups"] if not g["methods"])
     assert empty["dense"] is None
     assert math.isnan(next(t for t in tables if not t.methods).dense)
+
+
+def test_seconds_of_different_devices_are_not_averaged(root, tables, tmp_path):
+    shutil.copytree(root / "digits", tmp_path / "digits")
+    group = main_table(tables).group
+    paths = (tmp_path / "digits" / "trials").iterdir()
+    path = next(p for p in paths if pq.read_table(p)["group"][0].as_py() == group)
+    table = pq.read_table(path)
+    other = pa.array(["another"], pa.string())
+    place = table.schema.get_field_index("cpu")
+    pq.write_table(table.set_column(place, table.schema.field("cpu"), other), path)
+    mixed = next(t for t in model.load([tmp_path / "digits"]) if t.group == group)
+    assert {row.seconds_train for row in mixed.methods} == {None}
+    assert "different devices" in render([mixed], 80)
+    assert {row.seconds_train for row in main_table(tables).methods}.isdisjoint({None})
 
 
 def test_a_name_a_root_or_a_folder(root):

@@ -22,6 +22,7 @@ class MethodRow:
     dense backward (for `paper`: of the paper's count with nothing frozen). `saved` counts the cost
     of deciding in: 1 − (required + overhead) / dense; `saved_paper` is the published way.
     `difference` is to the baseline, over the seeds that both have, in units of the metric.
+    `seconds_train` of a trial: None where trials of the group ran on different devices.
     """
 
     method: str
@@ -40,7 +41,7 @@ class MethodRow:
     overhead_share: float
     saved: float
     saved_paper: float
-    seconds_train: float
+    seconds_train: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,8 @@ def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable
     experiment = json.loads(first["experiment"])
     done = trials[trials["state"] == "done"]
     per_trial = _per_trial(epochs[epochs["trial"].isin(done["trial"])])
-    rows = _methods(done, per_trial)
+    devices = sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique())
+    rows = _methods(done, per_trial, timed=len(devices) == 1)
     return GroupTable(
         suite=first["suite"],
         group=group,
@@ -125,7 +127,7 @@ def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable
         data=first["data"],
         epochs=int(first["epochs"]),
         precision=experiment["recipe"]["precision"],
-        devices=sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique()),
+        devices=devices,
         timing_shared=bool((done["trials_on_device"] > 1).any()),
         dense=rows[0].dense if rows else math.nan,
         paper_dense=float(per_trial["paper_dense"].mean()) if rows else math.nan,
@@ -158,11 +160,11 @@ def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _methods(done: pd.DataFrame, per_trial: pd.DataFrame) -> list[MethodRow]:
+def _methods(done: pd.DataFrame, per_trial: pd.DataFrame, timed: bool) -> list[MethodRow]:
     joined = done.join(per_trial, on="trial")
     baseline = joined[joined["method"] == "baseline"].set_index("seed")["value"]
     groups = sorted(joined.groupby("method"), key=lambda item: _order(item[1]))
-    return [_method(str(name), rows.sort_values("seed"), baseline) for name, rows in groups]
+    return [_method(str(name), rows.sort_values("seed"), baseline, timed) for name, rows in groups]
 
 
 def _order(rows: pd.DataFrame) -> tuple[int, str]:
@@ -170,7 +172,7 @@ def _order(rows: pd.DataFrame) -> tuple[int, str]:
     return list(KINDS).index(json.loads(first["parameters"])["kind"]), str(first["method"])
 
 
-def _method(name: str, rows: pd.DataFrame, baseline: "pd.Series[float]") -> MethodRow:
+def _method(name: str, rows: pd.DataFrame, baseline: "pd.Series[float]", timed: bool) -> MethodRow:
     means = rows[["value", "dense", "paper", "required", "overhead", "paper_dense"]].mean()
     difference = (rows.set_index("seed")["value"] - baseline).dropna()
     return MethodRow(
@@ -190,5 +192,5 @@ def _method(name: str, rows: pd.DataFrame, baseline: "pd.Series[float]") -> Meth
         overhead_share=float(means["overhead"] / means["dense"]),
         saved=float(1 - (means["required"] + means["overhead"]) / means["dense"]),
         saved_paper=float(1 - means["paper"] / means["paper_dense"]),
-        seconds_train=float(rows["seconds"].mean()),
+        seconds_train=float(rows["seconds"].mean()) if timed else None,
     )

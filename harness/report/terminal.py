@@ -14,6 +14,7 @@ NOTE = (
     "least that an exact backward can do; its saving counts the cost of deciding in. paper: the "
     "published convention, {paper_dense} {unit}FLOPs with nothing frozen."
 )
+MIXED = "Trials ran on different devices: their seconds are not averaged."
 SHARED = "* Trials shared a device: these seconds are no measurement."
 
 
@@ -37,7 +38,9 @@ def _show(table: GroupTable, console: Console) -> None:
             paper_dense=f"{table.paper_dense / scale:.2f}",
         )
         _say(note, console)
-        if table.timing_shared:
+        if len(table.devices) > 1:
+            _say(MIXED, console)
+        elif table.timing_shared:
             _say(SHARED, console)
     else:
         _say("No trial is finished yet.", console)
@@ -79,8 +82,12 @@ def _cells(row: MethodRow, scale: float) -> list[str]:
         f"{100 * row.saved:.1f}",
         f"{row.paper / scale:.2f}",
         f"{100 * row.saved_paper:.1f}",
-        f"{row.seconds_train:.{0 if row.seconds_train >= 1000 else 1}f}",
+        "–" if row.seconds_train is None else _seconds(row.seconds_train),
     ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 1000 else f"{seconds:.1f}"
 
 
 def _unit(flops: float) -> tuple[str, float]:
