@@ -9,10 +9,10 @@ import typer
 
 from harness.errors import UserError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="neqbench",
-    help="What does freezing neurons at equilibrium save in training, and what does it cost?",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -32,17 +32,29 @@ Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or fo
 def main() -> NoReturn:
     """Entry point: a wrong input is one line and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False) or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _refuse(str(error))
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # what Typer refuses
+        if usage is None:
+            raise
+        _refuse(f"{usage()} (see neqbench --help)")
+    if code == INTERRUPTED:
         print("interrupted: the same command goes on from the last epoch", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    sys.exit(0)
+    sys.exit(code)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    """What does freezing neurons at equilibrium save in training, and what does it cost?"""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -73,7 +85,7 @@ def plan(
     results: Results = "results",
     format: Format = "rich",
 ) -> None:
-    """Show the trials of a suite with key and state; nothing is run."""
+    """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
     from harness.plan import specs, states
 
     planned = states(specs(suite, settings or (), methods, seeds), results)
@@ -176,7 +188,14 @@ def flops(
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    class Patient(Console):
+        """Works on when nobody reads any more (`neqbench run … | head`)."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return Patient(highlight=False)
 
 
 def _table(*titles: str) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,6 +12,9 @@ from harness.methods import MethodSpec, with_kinds
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
 NUMERICS = 1
 
+Count = Annotated[int, Field(gt=0, strict=True)]
+Size = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 ImportString = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 
@@ -27,6 +31,13 @@ class Named(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str
 
+    @model_validator(mode="after")
+    def _finite(self) -> "Named":
+        for key, value in self.arguments.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} must be finite, got {value}")
+        return self
+
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the class."""
@@ -38,7 +49,7 @@ class Model(Strict):
 
     build: ImportString
     arguments: dict[str, Any] = {}
-    input: tuple[Annotated[int, Field(gt=0)], ...]
+    input: Annotated[tuple[Count, ...], Field(min_length=1)]
     exclude: tuple[str, ...] = ()
 
 
@@ -52,16 +63,16 @@ class Data(Strict):
 
     load: ImportString
     root: str = ""
-    train_size: Annotated[int, Field(gt=0)] | None = None
-    validation_size: Annotated[int, Field(ge=0)]
-    split_seed: int = 0
+    train_size: Count | None = None
+    validation_size: Size
+    split_seed: Seed = 0
 
 
 class Recipe(Strict):
     """How a model is trained, in every trial of the suite."""
 
-    epochs: Annotated[int, Field(gt=0)]
-    batch_size: Annotated[int, Field(gt=0)]
+    epochs: Count
+    batch_size: Count
     precision: Literal["float32", "bf16", "fp16"]
     optimizer: Named
     scheduler: Named | None = None
@@ -70,18 +81,15 @@ class Recipe(Strict):
 class Resources(Strict):
     """What one trial is given; "auto": one GPU where the machine or cluster has any."""
 
-    cpus: Annotated[int, Field(gt=0)] = 1
+    cpus: Count = 1
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
 
 
 class Suite(Strict):
-    """A workload and everything that is run on it. `version`: raise it when the suite's own code
-    (model, data) changes results.
-    """
+    """A workload and everything that is run on it."""
 
     name: Name
     title: str
-    version: int = 1
     task: ImportString = "harness.tasks:Classification"
     model: Model
     data: Data
@@ -89,7 +97,7 @@ class Suite(Strict):
     resources: Resources = Resources()
     methods: dict[Name, MethodSpec]
     default_methods: tuple[str, ...] = ()
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
 
     @model_validator(mode="before")
     @classmethod
@@ -112,9 +120,7 @@ class Suite(Strict):
 
     def experiment(self) -> dict[str, Any]:
         """What all trials of a group share: everything that defines the numbers, no paths."""
-        values = self.model_dump(
-            mode="json", include={"name", "version", "task", "model", "data", "recipe"}
-        )
+        values = self.model_dump(mode="json", include={"name", "task", "model", "data", "recipe"})
         del values["data"]["root"]
         return values | {"numerics": NUMERICS, "world_size": 1}
 
@@ -122,20 +128,23 @@ class Suite(Strict):
 class TrialSpec(Strict):
     """One trial: a suite's experiment with one method and one seed, on data already seen.
 
-    `folder`: where the suite's own modules lie; `fingerprint`: of the data, from their content.
+    `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's;
+    `fingerprint`: of the data, from their content.
     """
 
     suite: Suite
     folder: str
     method: str
     seed: int
+    code: str
     fingerprint: str
     data_name: str
 
     @property
     def group(self) -> str:
         """Hash of all but method and seed: what may stand in one table."""
-        return _digest(self.suite.experiment() | {"data_fingerprint": self.fingerprint})
+        seen = {"code": self.code, "data_fingerprint": self.fingerprint}
+        return _digest(self.suite.experiment() | seen)
 
     @property
     def key(self) -> str:
@@ -152,4 +161,13 @@ class TrialSpec(Strict):
 
 
 def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """1.0 and 1 are the same value, however they were written."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

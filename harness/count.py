@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from harness import suites
+from harness.config import Model
 from harness.errors import UserError
 from harness.flops import CONVOLUTIONS, Costs, measure
 
@@ -58,19 +59,22 @@ def count(
         if shape is not None:
             raise UserError("--input belongs to --model; a suite's file says its own input")
         loaded, folder = suites.load(suite, settings)
-        parts = loaded.model
-        module = suites.build(parts.build, folder, parts.arguments)
-        costs = _measure(module, parts.input)
-        excluded = costs.neurons.select(parts.exclude)
+        costs = measured(suites.build_model(loaded.model, folder), loaded.model.input)
+        try:
+            excluded = costs.neurons.select(loaded.model.exclude)
+        except ValueError as error:
+            raise UserError(f"suite {loaded.name}: model.exclude: {error}") from None
         return Counted(loaded.name, costs, _draw(costs.called & ~excluded, share, seed))
     assert model is not None
     if settings:
         raise UserError("--set belongs to a suite, not to --model")
-    costs = _measure(suites.build(model, ".", {}), _shape(shape))
+    size = _shape(shape)
+    costs = measured(suites.build_model(Model(build=model, input=size), "."), size)
     return Counted(model, costs, _draw(costs.called & ~_head(costs), share, seed))
 
 
-def _measure(module: nn.Module, shape: tuple[int, ...]) -> Costs:
+def measured(module: nn.Module, shape: tuple[int, ...]) -> Costs:
+    """`flops.measure` of what the user named; raises UserError where it does not run."""
     try:
         costs = measure(module, shape)
     except Exception as error:
@@ -129,6 +133,8 @@ def show(counted: Counted, console: Console) -> None:
     console.print(table)
     dense = counted.costs.dense_only
     for name, reason in list(dense.items())[:5]:
-        console.print(f"counted dense: {name or '(the model itself)'}: {reason}", style="dim")
+        console.print(f"never frozen: {name or '(the model itself)'}: {reason}", style="dim")
     if len(dense) > 5:
-        console.print(f"counted dense: {len(dense) - 5} more", style="dim")
+        console.print(f"never frozen: {len(dense) - 5} more", style="dim")
+    for name in counted.costs.uncounted:
+        console.print(f"not counted: {name}, which fvcore does not know", style="red")

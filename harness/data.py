@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.config import Data
+from harness import suites
+from harness.config import Data, Suite
 from harness.errors import UserError
 from harness.streams import generator
 
@@ -96,6 +98,19 @@ class Images:
             images, labels = split.read(indices).to(device), split.labels[indices].to(device)
             parts[name] = images, labels
         return Batches(self, parts, seed, batch_size)
+
+
+def load_images(suite: Suite, folder: Path | str) -> Images:
+    """What the suite's data part returns; raises UserError where that is no Images."""
+    try:
+        images = suites.part(suite.data.load, folder)(suite.data)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{suite.data.load!r} failed: {suites.said(error)}") from error
+    if not isinstance(images, Images):
+        raise UserError(f"{suite.data.load!r} returned {type(images).__name__}, not Images")
+    return images
 
 
 class Batches:

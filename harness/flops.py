@@ -19,6 +19,7 @@ from harness.graph import Call, Graph, trace
 from neq import Layer, NeuronIndex
 
 BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
+UNCOUNTED = {"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::bilinear"}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "attention")
 
@@ -49,24 +50,27 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class _LayerCost:
-    """Of one supported layer that was called, over the batch; `bits`: its trainable parameters."""
+    """Of one supported layer that was called, over the batch; `bits`: its trainable parameters,
+    `learns`: whether its weight is one of them.
+    """
 
     layer: Layer
     flops: int
     operations: int
     calls: tuple[Call, ...]
     bits: int
+    learns: bool
 
     def backward(self, trainable: int, live: int) -> Backward:
         """`trainable` of its neurons train; bit i of `live`: parameter i has a trainable row."""
-        rows = trainable if self.bits else 0
+        rows = trainable if self.learns else 0
         elements = sum(call.elements for call in self.calls)
         dense = required = 0
         for call in self.calls if self.flops else ():
             if not call.reached:
                 continue
             share = self.flops * call.elements // elements
-            dense += share * (bool(self.bits) + bool(call.upstream))
+            dense += share * (self.learns + bool(call.upstream))
             required += share * rows // self.layer.size + share * bool(call.upstream & live)
         paper = 2 * self.operations * trainable // self.layer.size
         return Backward(dense=dense, paper=paper, required=required)
@@ -75,9 +79,10 @@ class _LayerCost:
 class Costs:
     """What a model's passes cost; all figures per sample unless a method takes `samples`.
 
-    `neurons`: its index; `called`: bool [neurons], False for layers whose own forward never runs
-    (a function uses their weight): they are counted dense. `dense_only` names those and all other
-    modules with parameters that can't freeze, with the reason.
+    `neurons`: its index; `called`: bool [neurons], False for the layers of `uncalled`, whose own
+    forward never runs (a function uses their weight): they are counted dense. `dense_only` names
+    those and all other modules with parameters that can't freeze, with the reason. `uncounted`:
+    operators with parameters that fvcore can't count, such as recurrent ones.
     """
 
     def __init__(
@@ -98,10 +103,12 @@ class Costs:
         self.called = torch.zeros(len(neurons), dtype=torch.bool)
         for cost in self._layers:
             self.called[cost.layer.neurons] = True
-        uncalled = [layer.name for layer in neurons.layers if not self._calls(layer.name)]
-        self.dense_only = neurons.unsupported | dict.fromkeys(uncalled, "its forward is not called")
+        self.uncalled = [name for name in neurons if not self._calls(name)]
+        reasons = dict.fromkeys(self.uncalled, "its forward is not called")
+        self.dense_only = neurons.unsupported | reasons
         in_layers = sum(train.by_layer[cost.layer.name]["rule"] for cost in self._layers)
         self._paper_elsewhere = 2 * (train.rule - in_layers)
+        self.uncounted = train.uncounted
 
     def _calls(self, name: str) -> tuple[Call, ...]:
         return tuple(call for call in self._graph.calls if call.layer == name)
@@ -115,7 +122,9 @@ class Costs:
             operations += elements * (layer.module.bias is not None)
         elif not isinstance(layer.module, nn.Linear):
             operations = 2 * elements
-        return _LayerCost(layer, 2 * count["all"], operations, calls, self._bits(layer))
+        learns = layer.parameters[0].requires_grad
+        flops = 2 * count["all"]
+        return _LayerCost(layer, flops, operations, calls, self._bits(layer), learns)
 
     def _bits(self, layer: Layer) -> int:
         trainable = (p for p in layer.parameters if p.requires_grad)
@@ -178,9 +187,10 @@ class Costs:
 
 
 def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
-    """Count `model` (on a copy) on inputs of `shape`, which has no batch dimension.
+    """Count `model` (on a copy) on float inputs of `shape`, which has no batch dimension.
 
-    Random streams are left as they were. Raises whatever the model raises on such an input.
+    What a model does once per batch, whatever its size, is charged to the samples of a batch of
+    two. Random streams are left as they were. Raises whatever the model raises on such an input.
     """
     model = copy.deepcopy(model).cpu().float()
     inputs = torch.zeros(BATCH, *shape)
@@ -201,7 +211,8 @@ class _Forward:
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> None:
-        by_module = _fvcore(model, inputs)
+        by_module, skipped = _fvcore(model, inputs)
+        self.uncounted = sorted(skipped & UNCOUNTED)
         self.total, self.rule = _products(by_module[""]), _ruled(by_module[""])
         self.by_layer = {
             name: {"all": _products(by_module[name]), "rule": _ruled(by_module[name])}
@@ -217,16 +228,19 @@ def _ruled(count: Counter[str]) -> int:
     return int(count["conv"] + count["linear"] + count["addmm"])
 
 
-def _fvcore(model: nn.Module, inputs: Tensor) -> dict[str, Counter[str]]:
+def _fvcore(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Counter[str]], set[str]]:
     from fvcore.nn import FlopCountAnalysis
 
     analysis = FlopCountAnalysis(model, inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
     analysis.set_op_handle("aten::baddbmm", _baddbmm)
+    analysis.set_op_handle("aten::matmul", _matmul)
+    analysis.set_op_handle("aten::einsum", _einsum)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    return dict(analysis.by_module_and_operator())
+    counted = dict(analysis.by_module_and_operator())
+    return counted, set(analysis.unsupported_ops())
 
 
 def _shape(value: Any) -> list[int]:
@@ -237,6 +251,25 @@ def _attention(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
     """Queries by keys, probabilities by values."""
     query, key, value = (_shape(v) for v in inputs[:3])
     return Counter(attention=prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _matmul(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """fvcore's own handle knows no vectors and no batch on the right alone."""
+    return Counter(matmul=prod(_shape(outputs[0])) * _shape(inputs[0])[-1])
+
+
+def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
+    """Every index once; fvcore's own handle reads the figure from rounded text."""
+    equation = inputs[0].toIValue().replace(" ", "")
+    subscripts = equation.partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(subscripts, inputs[1].node().inputs(), strict=True):
+        shape = _shape(operand)
+        named = len(letters.replace("...", ""))
+        batch = "".join(chr(0x400 + i) for i in range(len(shape) - named, 0, -1))
+        for letter, size in zip(letters.replace("...", batch), shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return Counter(einsum=prod(sizes.values()))
 
 
 def _baddbmm(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:

@@ -62,7 +62,8 @@ def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> Graph:
             run.layer.name,
             run.elements,
             _union(upstream[node] for node in run.inputs),
-            run.output in reached,
+            # Not `run.output in reached`: an in-place operation on a view rewrites its node.
+            not _between(run.output, run.inputs).isdisjoint(reached),
         )
         for run in recorder.runs
     )

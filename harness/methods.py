@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import neq
     from harness.flops import Costs
 
-Keep = Annotated[float, Field(ge=0, le=1)]
-Mu = Annotated[float, Field(ge=0, lt=1)]
+Keep = Annotated[float, Field(ge=0, le=1, strict=True)]
+Mu = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Recursion = Literal["paper", "reference"]
 
 
@@ -45,7 +45,7 @@ class Neq(_Velocity):
     """NEq: neurons at equilibrium stand still."""
 
     kind: Literal["neq"]
-    eps: Annotated[float, Field(ge=0)] = 1e-3
+    eps: Annotated[float, Field(ge=0, strict=True)] = 1e-3
 
     def policy(self, seed: int) -> "neq.Policy":
         """Those with |velocity| below eps."""
@@ -85,7 +85,7 @@ class FreezeAfter(_Spec):
     """Control: everything but the head stands still from an epoch on."""
 
     kind: Literal["freeze_after"]
-    epoch: Annotated[int, Field(ge=1)]
+    epoch: Annotated[int, Field(ge=1, strict=True)]
 
     def policy(self, seed: int) -> "neq.Policy":
         """What the late epochs are worth."""

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from harness import suites
 from harness.config import Suite, TrialSpec
+from harness.data import load_images
 from harness.errors import UserError
 from harness.storage import Store
 
@@ -37,14 +40,15 @@ def specs(
     suite = suite.model_copy(update={"data": suite.data.model_copy(update={"root": root})})
     chosen = _methods(suite, methods)
     numbers = _seeds(seeds) if seeds is not None else suite.seeds
-    images = suites.part(suite.data.load, folder)(suite.data)
-    fingerprint = images.fingerprint()
+    images = load_images(suite, folder)
+    fingerprint, code = images.fingerprint(), suites.code(suite, folder)
     return [
         TrialSpec(
             suite=suite,
             folder=str(folder),
             method=method,
             seed=seed,
+            code=code,
             fingerprint=fingerprint,
             data_name=images.name,
         )
@@ -57,27 +61,41 @@ def states(trials: Sequence[TrialSpec], root: str) -> list[Planned]:
     """Each trial with its state below the results folder `root`."""
     planned = []
     for spec in trials:
-        row = Store(root, spec.suite.name).trial(spec.key)
+        store = Store(root, spec.suite.name)
+        row = store.trial(spec.key)
         state, done = (row["state"], row["epochs_done"]) if row else (None, 0)
+        if state == "done" and not store.has_rows(spec.key):
+            state = "running"  # its checkpoint still has them
         planned.append(Planned(spec, STATES[state], done))
     return planned
 
 
-def check(suite: Suite, folder: str) -> None:
-    """Build the model and its optimizer once, so that what is wrong shows before hours are spent.
+def check(trials: Sequence[TrialSpec]) -> None:
+    """Build everything once, so that what is wrong shows before hours are spent.
 
     Raises UserError.
     """
-    import neq
+    from harness.count import measured
+    from harness.methods import Method
     from harness.trial import build_optimizer
 
-    suites.part(suite.task, folder)
-    model = suites.build(suite.model.build, folder, suite.model.arguments)
-    build_optimizer(suite, model.parameters())
-    try:
-        neq.NeuronIndex(model).select(suite.model.exclude)
-    except ValueError as error:
-        raise UserError(f"suite {suite.name}: model.exclude: {error}") from None
+    suite, folder = trials[0].suite, trials[0].folder
+    where = f"suite {suite.name}"
+    shape = tuple(load_images(suite, folder).train.read(torch.tensor([0])).shape[1:])
+    if shape != suite.model.input:
+        raise UserError(
+            f"{where}: model.input is {list(suite.model.input)}, the images are {list(shape)}"
+        )
+    suites.build(suite.task, folder, {})
+    model = suites.build_model(suite.model, folder)
+    measured(model, suite.model.input)
+    for name in dict.fromkeys(trial.method for trial in trials):
+        optimizer, _ = build_optimizer(suite, model.parameters())
+        try:
+            method = Method(suite.methods[name], model, optimizer, suite.model.exclude, seed=0)
+        except ValueError as error:
+            raise UserError(f"{where}: method {name} on this model: {error}") from None
+        method.freezer.remove()
 
 
 def _methods(suite: Suite, chosen: str | None) -> list[str]:
@@ -108,8 +126,8 @@ def _seeds(text: str) -> list[int]:
         try:
             start = int(first)
             numbers += range(start, int(last) + 1) if dash else [start]
-        except ValueError:
+        except (ValueError, OverflowError, MemoryError):
             raise UserError(f"--seeds {text!r}: write numbers such as 0,1,2 or 0-4") from None
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {text!r}: name at least one seed, and each only once")
+    if not numbers or len(set(numbers)) < len(numbers) or max(numbers) >= 2**63:
+        raise UserError(f"--seeds {text!r}: name at least one seed below 2^63, and each only once")
     return numbers

@@ -40,7 +40,9 @@ class Slot:
 
 
 class Rows:
-    """Rows so far. `threads` is decided by the first attempt and kept by every later one."""
+    """Rows so far. `threads` is decided by the first attempt and kept by every later one; what
+    else the attempts ran on is collected.
+    """
 
     def __init__(self, spec: TrialSpec, store: Store, slot: Slot) -> None:
         self.spec, self.slot = spec, slot
@@ -48,6 +50,9 @@ class Rows:
         self.threads = spec.suite.resources.cpus
         self._store = store
         self._layers = SCHEMAS["layers"].empty_table()
+        self._provenance = provenance(slot.gpu)
+        self._hardware = {name: [self._provenance[name]] for name in ("cpu", "gpu", "driver")}
+        self._sharing = slot.sharing
         earlier = store.trial(spec.key)
         self._attempts = earlier["attempts"] + 1 if earlier else 1
         self._started = earlier["started"] if earlier else datetime.now(UTC)
@@ -92,7 +97,8 @@ class Rows:
         tables = {"epochs": self._epochs_table(), "layers": self._layers}
         data = {name: bytearray(to_bytes(table)) for name, table in tables.items()}
         tensors = {name: torch.frombuffer(b, dtype=torch.uint8) for name, b in data.items()}
-        return tensors | {"threads": self.threads}
+        ran_on = {"hardware": self._hardware, "sharing": self._sharing}
+        return tensors | ran_on | {"threads": self.threads}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's rows."""
@@ -104,6 +110,10 @@ class Rows:
         ]
         self._layers = tables["layers"]
         self.threads = state["threads"]
+        self._sharing = max(self._sharing, state["sharing"])
+        for name, earlier in state["hardware"].items():
+            now = self._hardware[name]
+            self._hardware[name] = earlier + [value for value in now if value not in earlier]
 
     def publish(self, failure: Failure | None = None) -> None:
         """Rewrite the trial's parquet files."""
@@ -132,13 +142,18 @@ class Rows:
             "data": self.spec.data_name,
             "data_fingerprint": self.spec.fingerprint,
             "attempts": self._attempts,
-            "trials_on_device": self.slot.sharing,
+            "trials_on_device": self._sharing,
             "threads": self.threads,
             "device": self.slot.device,
-            **provenance(self.slot.gpu),
+            **self._provenance,
+            **{name: _joined(values) for name, values in self._hardware.items()},
             "started": self._started,
             "updated": datetime.now(UTC),
         }
+
+
+def _joined(values: list[str | None]) -> str | None:
+    return "; ".join(value for value in values if value) or None
 
 
 def _layer_flops(cost: tuple[int, Backward] | None) -> dict[str, int | None]:

@@ -39,7 +39,7 @@ def run(
     ]
     failed = len([p for p in planned if p.state == "failed" and p not in todo])
     if todo:
-        check(trials[0].suite, trials[0].folder)
+        check(trials)
         done = len(planned) - len(todo) - failed
         failed += _execute([p.spec for p in todo], done, root, executor, address, console)
     _report(store, trials, console)

@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,6 +56,11 @@ class Store:
         path = self.folder / "trials" / f"{key}.parquet"
         return _read(path, SCHEMAS["trials"]).to_pylist()[0] if path.is_file() else None
 
+    def has_rows(self, key: str) -> bool:
+        """Whether the trial's rows are there beside its row of `trials`."""
+        kinds = ("epochs", "layers")
+        return all((self.folder / kind / f"{key}.parquet").is_file() for kind in kinds)
+
     def save_checkpoint(self, key: str, state: dict[str, Any]) -> None:
         """Commit: from here on the trial continues after this state."""
         import torch
@@ -75,7 +81,7 @@ class Store:
         except Exception as error:
             raise UserError(
                 f"checkpoint {path} is damaged ({type(error).__name__}); "
-                "delete it to compute the trial anew"
+                "delete it and run again with --retry-failed to compute the trial anew"
             ) from None
         return state
 
@@ -128,13 +134,13 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
 def _replace(path: Path, data: bytes) -> None:
     """Write beside, flush to the disk, rename over."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,10 +1,13 @@
 """Find suites, read their files, apply `--set`, load the parts that they name."""
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import tomllib
+import traceback
 from collections.abc import Sequence
 from functools import reduce
 from importlib import resources
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from harness.config import Suite
+from harness.config import Model, Suite
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ def _locate(name: str) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -76,7 +79,9 @@ def _read(path: Path) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UserError(f"{path}: extends: no file {base!r} beside it")
-    return _merge(_read(path.parent / base), values)
+    if path in extended:
+        raise UserError(f"{path}: extends: it extends itself")
+    return _merge(_read(path.parent / base, (*extended, path)), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +89,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and "name" not in value:
+        anew = isinstance(value, dict) and ("name" in value or "kind" in value)
+        if isinstance(old, dict) and isinstance(value, dict) and not anew:
             value = _merge(old, value)
         merged[key] = value
     return merged
@@ -123,7 +129,8 @@ def _explain(error: ValidationError, path: Path) -> str:
         message = f"unknown method kind {first['ctx']['tag']!r}; known: {tags}"
     elif first["type"] != "missing" and not isinstance(first["input"], dict):
         message += f", got {first['input']!r}"
-    where = ".".join(part for part in location if "[" not in part)
+    internal = ("constrained-", "function-", "literal[", "tuple[")
+    where = ".".join(part for part in location if not part.startswith(internal))
     also = f" (and {len(more)} more)" if more else ""
     return f"{path.parent.name}/{path.name}: {where or 'suite'}: {message}{also}"
 
@@ -150,7 +157,7 @@ def _similar(word: str, known: Any) -> str:
 def part(reference: str, folder: Path | str) -> Any:
     """The object at `module:attribute`, from a module beside the suite or an installed one.
 
-    Raises UserError where either is missing.
+    Raises UserError where either is missing or the module fails.
     """
     module_name, _, attribute = reference.partition(":")
     if not attribute:
@@ -159,22 +166,54 @@ def part(reference: str, folder: Path | str) -> Any:
     try:
         module = _beside(beside) if beside.is_file() else _installed(module_name)
         return reduce(getattr, attribute.split("."), module)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{reference!r} cannot be loaded: {error}") from error
+    except Exception as error:
+        raise UserError(f"{reference!r} cannot be loaded: {said(error)}") from error
 
 
-def build(reference: str, folder: Path | str, arguments: dict[str, Any]) -> "nn.Module":
-    """The model that the builder at `reference` returns; raises UserError where it returns none."""
-    from torch import nn
+def said(error: Exception) -> str:
+    """What a part raised, and where, in a line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
+
+def code(suite: Suite, folder: Path) -> str:
+    """Digest of the suite's own modules: those beside it and those of its parts.
+
+    Code of neqbench itself and of installed packages is left out: `numerics` and the versions in
+    the results speak for them.
+    """
+    files = set(folder.glob("*.py"))
+    for reference in (suite.task, suite.model.build, suite.data.load):
+        source = inspect.getsourcefile(part(reference, folder))
+        files.add(Path(source or __file__))
+    ours = Path(__file__).parents[1]
+    packages = [ours / name for name in ("harness", "suites", "neq")]
+    digest = hashlib.sha256()
+    for path in sorted(path.resolve() for path in files):
+        if "site-packages" in path.parts or any(path.is_relative_to(p) for p in packages):
+            continue
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(reference: str, folder: Path | str, arguments: dict[str, Any]) -> Any:
+    """What the callable at `reference` returns; raises UserError where it fails."""
     builder = part(reference, folder)
     try:
-        model = builder(**arguments)
+        return builder(**arguments)
     except Exception as error:
-        raise UserError(f"{reference!r} raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{reference!r} returned {type(model).__name__}, not a torch module")
-    return model
+        raise UserError(f"{reference!r} failed: {said(error)}") from error
+
+
+def build_model(model: Model, folder: Path | str) -> "nn.Module":
+    """The module that a suite's builder returns; raises UserError."""
+    from torch import nn
+
+    module = build(model.build, folder, model.arguments)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{model.build!r} returned {type(module).__name__}, not a torch module")
+    return module
 
 
 def _installed(name: str) -> ModuleType:
@@ -197,5 +236,12 @@ def _beside(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # for imports of its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
     return module

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness import suites
 from harness.config import Suite, TrialSpec
+from harness.data import load_images
 from harness.errors import UserError
 from harness.flops import measure
 from harness.methods import Method
@@ -57,19 +58,24 @@ def supervised(spec: TrialSpec, root: str, slot: Slot) -> Iterator[Event]:
     except Exception as error:
         known = isinstance(error, UserError | DivergedError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
-        failure = Failure(reason, traceback.format_exc())
-        rows.publish(failure)
-        yield failure
+        yield _record(rows, Failure(reason, traceback.format_exc()))
 
 
 def lost(spec: TrialSpec, root: str, slot: Slot, reason: str) -> Failure:
     """Record a trial whose process died too often to say so itself."""
     store = Store(root, spec.suite.name)
-    rows, failure = Rows(spec, store, slot), Failure(reason, "")
+    rows = Rows(spec, store, slot)
     state = store.load_checkpoint(spec.key)
     if state is not None:
         rows.load(state["rows"])
-    rows.publish(failure)
+    return _record(rows, Failure(reason, ""))
+
+
+def _record(rows: Rows, failure: Failure) -> Failure:
+    try:
+        rows.publish(failure)
+    except OSError as error:  # a full disk may be why it failed
+        return replace(failure, reason=f"{failure.reason} (and could not be stored: {error})")
     return failure
 
 
@@ -122,19 +128,19 @@ class Trial:
 
     def _build(self) -> None:
         parts, seed, folder = self.suite.model, self.spec.seed, self.spec.folder
-        data = suites.part(self.suite.data.load, folder)(self.suite.data)
+        data = load_images(self.suite, folder)
         self.batches = data.open(self.device, seed, self.recipe.batch_size)
         self.task = suites.part(self.suite.task, folder)()
         seed_globals(seed, "initialisation")
-        model = suites.build(parts.build, folder, parts.arguments)
+        model = suites.build_model(parts, folder)
         self.costs = measure(model, parts.input)
         self.model = model.to(self.device)
         self.optimizer, self.scheduler = build_optimizer(self.suite, model.parameters())
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.recipe.precision == "fp16"
         )
-        spec = self.spec.spec
-        self.method = Method(spec, self.model, self.optimizer, parts.exclude, seed)
+        fixed = [*parts.exclude, *self.costs.uncalled]
+        self.method = Method(self.spec.spec, self.model, self.optimizer, fixed, seed)
 
     def _stateful(self) -> dict[str, Any]:
         parts = {
@@ -161,9 +167,9 @@ class Trial:
         backward = self.costs.backward(frozen, samples)
         lr = float(self.optimizer.param_groups[0]["lr"])
         train_loss, seconds_train = self._timed(lambda: self._train(epoch))
-        if not math.isfinite(train_loss):
-            raise DivergedError(f"the training loss became {train_loss} in epoch {epoch}")
+        _check_finite("training loss", train_loss, epoch)
         (val_loss, test_loss, metric), seconds_test = self._timed(self._test)
+        _check_finite("test loss", test_loss, epoch)
         validation = self.batches.size("validation")
         _, seconds_equilibrium = self._timed(
             lambda: self.method.end_epoch(self.batches.evaluate("validation"))
@@ -206,17 +212,23 @@ class Trial:
                 loss = self.task.loss(outputs, targets)
             self.method.after_forward(inputs, outputs)
             self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            self.method.after_backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.method.after_step()
+            self._step()
             self.optimizer.zero_grad()
             total += loss.detach() * len(targets)
         if self.scheduler is not None:
             self.scheduler.step()
         mean: float = total.item() / self.batches.size("train")
         return mean
+
+    def _step(self) -> None:
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        if self.scaler.is_enabled() and all(p.grad is None for p in parameters):
+            return  # everything stands still, and the scaler refuses a step without gradients
+        self.scaler.unscale_(self.optimizer)
+        self.method.after_backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step()
 
     def _test(self) -> tuple[float, float, float]:
         """(validation loss, test loss, test metric)."""
@@ -249,6 +261,11 @@ class Trial:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
+def _check_finite(what: str, loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(f"the {what} became {loss} in epoch {epoch}")
+
+
 def build_optimizer(
     suite: Suite, parameters: Iterator[Tensor]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
@@ -261,6 +278,11 @@ def build_optimizer(
         return optimizer, None
     kind = torch.optim.lr_scheduler
     scheduler = _torch_class(kind, kind.LRScheduler, suite, "scheduler", optimizer)
+    if isinstance(scheduler, kind.ReduceLROnPlateau):
+        raise UserError(
+            f"suite {suite.name}: recipe.scheduler: ReduceLROnPlateau follows a metric, which "
+            "would differ by method; take a schedule of epochs"
+        )
     milestones = getattr(scheduler, "milestones", [])
     if not all(isinstance(epoch, int) for epoch in milestones):  # torch would ignore them
         raise UserError(

@@ -52,14 +52,10 @@ class Reading:
         return Reading(phi, delta, delta - self.delta_phi.nan_to_num(0.0) + mu * velocity)
 
 
-@torch.no_grad()
-def snapshot(model: nn.Module, into: State | None = None) -> State:
-    """Copies of all parameters and buffers (reusing `into`), for `phi` one epoch later."""
-    if into is None:
+def snapshot(model: nn.Module) -> State:
+    """Copies of all parameters and buffers, to be given to `phi` one epoch later."""
+    with torch.inference_mode(False):
         return {name: tensor.detach().clone() for name, tensor in _state(model).items()}
-    for name, tensor in _state(model).items():
-        into[name].copy_(tensor)
-    return into
 
 
 def _state(model: nn.Module) -> State:
@@ -76,9 +72,10 @@ def phi(
     """Cosine of each neuron's outputs between `model` and its state `before`: float64 [neurons].
 
     "dataset" (the paper): all outputs concatenated, one cosine. "sample" (the authors' code): the
-    mean of one cosine per sample. Both outputs zero: 1; exactly one: 0. NaN for a layer that was
-    not called. `batches` yields inputs, or tuples that begin with them. The model's training
-    modes, buffers and every global random stream are left as they were.
+    mean of one cosine per sample, samples being the outermost axis of every output. Both outputs
+    zero: 1; exactly one: 0. NaN for a layer that was not called. `batches` yields inputs, or
+    tuples that begin with them. The model's training modes, buffers and every global random
+    stream are left as they were.
 
     Raises ValueError where `batches` is empty, TypeError for an input that is no tensor.
     """
@@ -87,6 +84,8 @@ def phi(
     with _evaluation(model, device), comparison.hooks():
         for batch in batches:
             inputs = _inputs(batch, device)
+            if not len(inputs):
+                continue
             comparison.begin(inputs.shape[0])
             functional_call(model, _arguments(model, before), (inputs,))
             comparison.recording = False
@@ -202,19 +201,33 @@ def _arguments(model: nn.Module, state: Mapping[str, Tensor]) -> State:
 
 
 @contextmanager
+def _ieee() -> Iterator[None]:
+    """No TF32 or bf16 inside float32 products: they put phi off by 5e-4, against an eps of 1e-3."""
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    cpu: Any = torch.backends.mkldnn
+    products = (cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+    before = [product.fp32_precision for product in products]
+    try:
+        for product in products:
+            product.fp32_precision = "ieee"
+        yield
+    finally:
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
+
+
+@contextmanager
 def _evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, plain float32, and every random stream restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
     cuda = [device] if device.type == "cuda" else []
-    exact = torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-    )
     try:
         model.eval()
         half = torch.autocast(device.type, enabled=False)
-        with torch.random.fork_rng(cuda), torch.no_grad(), exact, half:
+        with torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee():
             yield
     finally:
         for module, training in modes.items():

@@ -22,7 +22,8 @@ class NeuronFreezer:
     Call `update(validation_batches)` once before epoch 0 (nothing freezes yet) and after every
     epoch. A frozen row is bit-identical at the end of the epoch under any torch optimizer but
     LBFGS (no gradient, weight decay or momentum); its first moment is zero when it trains again.
-    Layers under `exclude` (module names or dotted prefixes) are read but never frozen.
+    Layers under `exclude` (module names or dotted prefixes) are read but never frozen. With
+    everything frozen no parameter has a gradient, and a GradScaler refuses such a step: skip it.
 
     Raises ValueError for an unknown exclude, LBFGS, or a model without a supported layer.
     """
@@ -75,7 +76,8 @@ class NeuronFreezer:
                 self.reading = self.reading.advance(
                     values, mu=self.policy.mu, recursion=self.policy.recursion
                 )
-            self._before = snapshot(self._model, into=self._before)
+            self._before = None  # one copy at a time
+            self._before = snapshot(self._model)
         mask = torch.zeros_like(self.frozen)
         if self.epoch:
             mask = self.policy.frozen(self.epoch, self.neurons, self.reading.velocity)
@@ -135,16 +137,16 @@ class NeuronFreezer:
             raise ValueError("the state belongs to a model with other layers or sizes")
         device = next(self._model.parameters()).device
         self.epoch = state["epoch"]
-        self.frozen = state["frozen"].clone()
         self.reading = Reading(
-            state["phi"].clone(), state["delta_phi"].clone(), state["velocity"].clone()
+            *(state[name].to("cpu", copy=True) for name in ("phi", "delta_phi", "velocity"))
         )
+        self.freeze(state["frozen"])
         before = {name: t.to(device, copy=True) for name, t in state["before"].items()}
         self._before = before or None
-        self._gradients.select(self.frozen)
 
     def remove(self) -> None:
         """Unhook from model and optimizer: plain training from here on."""
+        self.freeze(torch.zeros_like(self.frozen))
         self._gradients.remove()
         for hook in self._hooks:
             hook.remove()

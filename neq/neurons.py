@@ -101,12 +101,16 @@ class NeuronIndex:
         """
         mask = torch.zeros(len(self), dtype=torch.bool)
         for prefix in names:
-            found = [s for n, s in self.items() if n == prefix or n.startswith(f"{prefix}.")]
-            if not found:
+            found = [part for name, part in self.items() if _below(name, prefix)]
+            if not found and not any(_below(name, prefix) for name in self.unsupported):
                 raise ValueError(f"no layer is called {prefix!r}; layers: {', '.join(self)}")
             for neurons in found:
                 mask[neurons] = True
         return mask
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _why_unsupported(module: nn.Module, owners: Counter[int]) -> str:

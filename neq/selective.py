@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from neq.neurons import Layer
 
@@ -22,12 +23,7 @@ class SelectiveGradients:
         self._layers = tuple(layers)
         self._rows: dict[nn.Parameter, Tensor] = {}
         self._whole: set[nn.Parameter] = set()
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
-            for layer in self._layers
-            for parameter in layer.parameters
-            if parameter.requires_grad
-        ]
+        self._handles: dict[nn.Parameter, RemovableHandle] = {}
 
     def select(self, frozen: Tensor) -> None:
         """Frozen from now on: bool [neurons of the whole index]."""
@@ -36,10 +32,17 @@ class SelectiveGradients:
         for layer in self._layers:
             rows = frozen[layer.neurons].nonzero().squeeze(1)
             for parameter in layer.parameters:
+                self._watch(parameter)
                 if len(rows) == layer.size:
                     self._whole.add(parameter)
                 elif len(rows):
                     self._rows[parameter] = rows.to(parameter.device)
+
+    def _watch(self, parameter: nn.Parameter) -> None:
+        """Hook it, if it needs a gradient by now."""
+        if parameter.requires_grad and parameter not in self._handles:
+            hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
+            self._handles[parameter] = hook
 
     def partly_frozen(self) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """(parameter, indices of its frozen rows), for those with rows of both kinds."""
@@ -63,7 +66,8 @@ class SelectiveGradients:
 
     def remove(self) -> None:
         """Back to plain gradients."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
+        self._handles.clear()
         self._rows.clear()
         self._whole.clear()

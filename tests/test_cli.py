@@ -1,26 +1,41 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from trials import SMALL
+from trials import SMALL, assert_same_results, run
 
+from harness import plan
 from harness.cli import main
 
 NEQBENCH = Path(sys.executable).parent / "neqbench"
 
 
-def neqbench(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [NEQBENCH, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "80"} | environment,
-    )
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def neqbench(monkeypatch, capsys):
+    """The command line, called in this process: as the script does, but without its start."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["neqbench", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Result(stopped.value.code, *capsys.readouterr())
+
+    return call
 
 
 def small(root, *more):
@@ -28,7 +43,7 @@ def small(root, *more):
     return ["run", "digits", *settings, "--executor", "inline", "--results", root, *more]
 
 
-def test_run_resume_report(tmp_path):
+def test_run_resume_report(tmp_path, neqbench):
     arguments = small(tmp_path, "--methods", "baseline,neq", "--seeds", "0-1")
     first = neqbench(*arguments)
     assert first.returncode == 0, first.stderr
@@ -45,8 +60,8 @@ def test_run_resume_report(tmp_path):
     )
     assert [m["n"] for m in value["groups"][0]["methods"]] == [2, 2]
     settings = [word for setting in SMALL for word in ("--set", setting)]
-    plan = neqbench("plan", "digits", *settings, "--results", tmp_path, "--format", "json")
-    states = {(p["method"], p["seed"]): p["state"] for p in json.loads(plan.stdout)}
+    planned = neqbench("plan", "digits", *settings, "--results", tmp_path, "--format", "json")
+    states = {(p["method"], p["seed"]): p["state"] for p in json.loads(planned.stdout)}
     assert len(states) == 15
     assert [key for key, state in states.items() if state == "done"] == [
         (method, seed) for seed in (0, 1) for method in ("baseline", "neq")
@@ -55,7 +70,7 @@ def test_run_resume_report(tmp_path):
     assert more.stdout.count("done    digits") == 2  # a suite that grows runs only what is new
 
 
-def test_a_failed_trial_is_exit_1_and_kept_until_asked_for(tmp_path):
+def test_a_failed_trial_is_exit_1_and_kept_until_asked_for(tmp_path, neqbench):
     settings = ["--set", "recipe.optimizer.lr=1e30", "--seeds", "0", "--methods", "baseline"]
     first = neqbench(*small(tmp_path, *settings))
     assert first.returncode == 1
@@ -70,7 +85,7 @@ def test_a_failed_trial_is_exit_1_and_kept_until_asked_for(tmp_path):
     assert pd.read_parquet(tmp_path / "digits/trials")["attempts"].tolist() == [2]
 
 
-def test_published_counts():
+def test_published_counts(neqbench):
     suite = json.loads(neqbench("flops", "cifar10", "--format", "json").stdout)
     assert suite["backward"]["paper"] == 138_937_600
     assert (suite["neurons"], suite["frozen"], suite["verify"]) == (2282, 0.0, None)
@@ -109,37 +124,88 @@ def test_published_counts():
         (["flops", "--model", "torchvision.models:resnet18", "--input", "1x8x8"], "does not run"),
         (["flops", "digits", "--frozen", "2"], "must be between 0 and 1"),
         (["flops", "digits", "--input", "3x8x8"], "--input belongs to --model"),
+        (["run"], "Missing argument"),
+        (["run", "digits", "--bogus"], "No such option"),
+        (["run", "digits", "--executor", "foo"], "Invalid value for '--executor'"),
+        (["report", "digits", "--format", "xml"], "Invalid value for '--format'"),
+        (["nonsense"], "No such command"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_input_is_one_line_and_exit_2(tmp_path, monkeypatch, neqbench, arguments, message):
     (tmp_path / "FILE").write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["neqbench", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("error: ")
-    assert message in err
+    result = neqbench(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
 
 
-def test_wrong_input_in_a_process_of_its_own(tmp_path):
-    result = neqbench("run", "digits", "--set", "recipe.epochs=0", cwd=tmp_path)
+def test_wrong_input_in_a_process_of_its_own():
+    arguments = [NEQBENCH, "run", "digits", "--set", "recipe.epochs=0"]
+    result = subprocess.run(arguments, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         "error: digits/suite.toml: recipe.epochs: Input should be greater than 0, got 0\n"
     )
 
 
-def test_help_suites_and_plan(tmp_path):
+def start(*arguments):
+    return subprocess.Popen(
+        [NEQBENCH, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+
+
+def wait_for_rows(folder, rows):
+    """Until a checkpoint with that many epochs is published."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        published = list((folder / "epochs").glob("[!.]*.parquet"))
+        if published and len(pd.read_parquet(folder / "epochs")) >= rows:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no rows were published")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path, number):
+    settings = [*SMALL, "recipe.epochs=15"]
+    more = ["--methods", "neq", "--seeds", "0", "--set", "recipe.epochs=15"]
+    with start(*small(tmp_path / "killed", *more)) as process:
+        wait_for_rows(tmp_path / "killed" / "digits", 3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert err == "interrupted: the same command goes on from the last epoch\n"
+    assert 3 <= len(pd.read_parquet(tmp_path / "killed" / "digits" / "epochs")) < 15
+    (spec,) = plan.specs("digits", settings, "neq", "0")
+    run(spec, tmp_path / "killed")
+    run(spec, tmp_path / "through")
+    assert_same_results(spec, tmp_path / "through", tmp_path / "killed")
+
+
+def test_a_reader_that_goes_away_does_not_stop_a_run(tmp_path):
+    with start(*small(tmp_path, "--methods", "baseline,random", "--seeds", "0-1")) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    trials = pd.read_parquet(tmp_path / "digits" / "trials")
+    assert trials["state"].tolist() == ["done"] * 4
+
+
+def test_help_suites_and_plan(tmp_path, monkeypatch, neqbench):
+    monkeypatch.chdir(tmp_path)
     assert "run" in neqbench("--help").stdout
     listed = json.loads(neqbench("suites", "--format", "json").stdout)
     assert {suite["name"] for suite in listed} >= {"digits", "cifar10", "cifar10-adam"}
     assert "cifar10-adam" in neqbench("suites").stdout
-    plan = neqbench("plan", "digits", cwd=tmp_path)
-    assert plan.stdout.count("to do") == 15
+    planned = neqbench("plan", "digits")
+    assert planned.stdout.count("to do") == 15
     assert not list(tmp_path.iterdir())  # looking writes nothing
     module = [sys.executable, "-m", "harness", "suites"]
     assert subprocess.run(module, capture_output=True).returncode == 0

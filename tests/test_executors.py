@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from trials import METHODS, assert_same_results, small
+from trials import assert_same_results, small
 
 from harness import suites
 from harness.errors import UserError
@@ -75,7 +75,8 @@ def records(events, spec):
 
 
 def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(tmp_path):
-    specs = [small(method, "recipe.epochs=4") for method in METHODS]
+    methods = ("baseline", "neq", "random", "freeze_after")
+    specs = [small(method, "recipe.epochs=4") for method in methods]
     list(Inline().run(specs, str(tmp_path / "inline")))
     lengths, events = [], []
     for spec, event in Ray().run(specs, str(tmp_path / "ray")):

@@ -3,14 +3,13 @@ import copy
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
+from oracle import counted_by_torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional
 
 import neq
 from harness.flops import measure
 from suites.resnet import resnet8, resnet32
-
-BATCH = 2
 
 
 def published(vision):
@@ -28,22 +27,6 @@ def published(vision):
         "swin": (swin, (3, 224, 224), 30_280_413_184),
         "deeplab": (deeplab, (3, 480, 480), 305_056_481_600),
     }
-
-
-def outputs(model, inputs):
-    result = model(inputs)
-    return list(result.values()) if isinstance(result, dict) else [result]
-
-
-def counted_by_torch(model, shape):
-    """(forward, backward) FLOPs of one sample by PyTorch's own counter, in train mode."""
-    model.train()
-    inputs = torch.randn(BATCH, *shape)
-    with FlopCounterMode(display=False) as forward:
-        loss = sum(o.sum() for o in outputs(model, inputs))
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    return forward.get_total_flops() / BATCH, backward.get_total_flops() / BATCH
 
 
 def freeze_layers(model, costs, chosen):
@@ -67,7 +50,7 @@ def test_the_published_models(vision, name):
         costs = measure(model, shape)
     backward = costs.backward(nothing)
     assert backward.executed is None
-    forward, dense = counted_by_torch(model, shape)
+    forward, dense = counted_by_torch(model, shape, mapping={})
     assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
     names = list(costs.neurons)
     chosen = names[: len(names) // 3] + names[len(names) // 2 :: 5]
@@ -80,6 +63,142 @@ def test_batch_norm_and_convolution_agree_with_fvcore_in_eval_mode():
     by_operator.unsupported_ops_warnings(False)
     count = by_operator.by_operator()
     assert 2 * (count["conv"] + count["batch_norm"] + count["linear"]) == 138_937_600
+
+
+class _Apply(nn.Module):
+    """`run(self, x)` as the forward of the given modules."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def add_in_place(m, x):
+    y = m.a(x)
+    y += x
+    return m.b(y)
+
+
+def attend(m, x):
+    q, k, v = m.a(x).chunk(3, -1)
+    return functional.scaled_dot_product_attention(q, k, v)
+
+
+def attend_with_weights(m, x):
+    mask = torch.zeros(x.shape[1], x.shape[1])
+    return m.a(x, x, x, need_weights=True, attn_mask=mask)[0]
+
+
+MODELS = {
+    "in-place on a view": (nn.Sequential(nn.Linear(4, 6), nn.ReLU(True), nn.Linear(6, 3)), (5, 4)),
+    "+= on a view": (_Apply(add_in_place, a=nn.Linear(4, 4), b=nn.Linear(4, 3)), (5, 4)),
+    "fused attention": (_Apply(attend, a=nn.Linear(8, 24)), (5, 8)),
+    "packed attention": (
+        _Apply(attend_with_weights, a=nn.MultiheadAttention(8, 2, batch_first=True)),
+        (5, 8),
+    ),
+    "encoder layer": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (5, 8)),
+    "grouped": (
+        nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.ReLU(True), nn.Conv2d(8, 8, 3, groups=8)),
+        (4, 8, 8),
+    ),
+    "transposed": (
+        nn.Sequential(
+            nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.Conv2d(6, 4, 1)
+        ),
+        (4, 8, 8),
+    ),
+    "1d": (nn.Sequential(nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3, groups=2, dilation=2)), (4, 20)),
+    "3d": (nn.Sequential(nn.Conv3d(2, 4, 3), nn.Conv3d(4, 4, 2, groups=2)), (2, 6, 6, 6)),
+    "a weight in a function": (
+        _Apply(
+            lambda m, x: functional.conv2d(m.a(x), m.b.weight),
+            a=nn.Conv2d(3, 4, 3),
+            b=nn.Conv2d(4, 5, 3),
+        ),
+        (3, 8, 8),
+    ),
+    "batch on the right": (
+        _Apply(lambda m, x: m.a(x).t() @ torch.relu(m.b(x)), a=nn.Linear(4, 3), b=nn.Linear(4, 4)),
+        (4,),
+    ),
+    "a matrix on the left": (
+        _Apply(lambda m, x: m.b.weight @ m.a(x), a=nn.Linear(4, 6), b=nn.Linear(5, 7)),
+        (5, 4),
+    ),
+    "einsum": (
+        _Apply(
+            lambda m, x: torch.einsum("bnd,bmd->bnm", m.a(x), m.b(x)),
+            a=nn.Linear(13, 17),
+            b=nn.Linear(13, 17),
+        ),
+        (29, 13),
+    ),
+    "biases only": (nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), (5,)),
+}
+MODELS["biases only"][0].requires_grad_(False)
+for name, parameter in MODELS["biases only"][0].named_parameters():
+    parameter.requires_grad_(name.endswith("bias"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product_is_counted_as_torch_executes_it(name):
+    model, shape = MODELS[name]
+    model = copy.deepcopy(model)
+    costs = measure(model, shape)
+    nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
+    forward, dense = counted_by_torch(model, shape)
+    backward = costs.backward(nothing)
+    assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
+    called = [name for name in costs.neurons if name not in costs.uncalled]
+    for frozen in [called[:1], called[1:], called] if called else []:
+        some = copy.deepcopy(model)
+        mask = freeze_layers(some, costs, frozen)
+        if any(p.requires_grad for p in some.parameters()):
+            assert costs.backward(mask).required == counted_by_torch(some, shape)[1]
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "vit_b_32", "swin_t", "shufflenet_v2_x0_5"])
+def test_torchvision_s_models(vision, name):
+    model = getattr(vision.models, name)()
+    costs = measure(model, (3, 224, 224))
+    forward, dense = counted_by_torch(model, (3, 224, 224))
+    backward = costs.backward(torch.zeros(len(costs.neurons), dtype=torch.bool))
+    assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
+
+
+def test_a_vector_and_a_recurrent_layer():
+    pooled = _Apply(lambda m, x: m.a(x) @ m.b.weight[0], a=nn.Linear(4, 6), b=nn.Linear(6, 1))
+    assert measure(pooled, (5, 4)).forward() == 2 * (5 * 4 * 6 + 5 * 6)
+    recurrent = _Apply(lambda m, x: m.b(m.a(x)[0]), a=nn.LSTM(4, 6), b=nn.Linear(6, 2))
+    assert measure(recurrent, (5, 4)).uncounted == ["aten::lstm"]
+
+
+def test_the_einsum_rule_takes_ellipses():
+    model = _Apply(
+        lambda m, x: torch.einsum("...nd, ...md -> ...nm", m.a(x), m.a(x)), a=nn.Linear(3, 5)
+    )
+    assert measure(model, (2, 7, 3)).forward() == 2 * (2 * 2 * 7 * 3 * 5 + 2 * 7 * 7 * 5)
+
+
+def test_deciding_costs_what_the_eval_forward_costs():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.extra = nn.Linear(4, 4), nn.Linear(4, 9)
+
+        def forward(self, x):
+            y = self.body(x)
+            return (y, self.extra(y)) if self.training else y
+
+    costs = measure(Head(), (4,))
+    assert costs.forward() == 2 * (16 + 36)
+    assert costs.overhead() == 2 * 2 * 16
 
 
 class _Branches(nn.Module):
@@ -133,6 +252,9 @@ def test_a_class_token_keeps_the_first_input_gradient(vision):
     mask[costs.neurons[qkv[0]]] = False
     assert frozen.required > 0.4 * frozen.dense
     assert costs.backward(mask).required - frozen.required == 2 * 17 * 16 * 32
+    assert costs.backward(mask).paper - frozen.paper == 2 * 17 * 16 * 32
+    outside = 2 * (17 * 16 * 16 * 3 + 17 * 16 * 16)  # in_proj and out_proj of each attention
+    assert frozen.paper == 2 * outside
 
 
 def test_rows_count_by_the_row():

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from trials import run, small
 
+from harness import plan
 from harness.errors import UserError
 from harness.report import model, terminal
 
@@ -26,6 +27,43 @@ def root(tmp_path_factory):
     run(small("baseline", "recipe.optimizer.lr=1e30"), root)  # failed, in a group of its own
     run(small("baseline", "recipe.epochs=1"), root)  # one seed, in a group of its own
     return root
+
+
+@pytest.fixture(scope="module")
+def two_eps(tmp_path_factory):
+    """A method with two parameters in one group, and a baseline that is called otherwise."""
+    root = tmp_path_factory.mktemp("two")
+    settings = ["recipe.epochs=3", "methods.plain={kind='baseline'}"]
+    for seed in (0, 1):
+        run(small("plain", *settings, seed=seed), root)
+        for eps in (0.01, 9):
+            run(small("neq", *settings, f"methods.neq.eps={eps}", seed=seed), root)
+    return root
+
+
+def test_parameters_are_not_averaged(two_eps):
+    (table,) = model.load(model.folders("digits", str(two_eps)))
+    plain, one, two = table.methods
+    assert [row.label for row in table.methods] == ["plain", "neq eps=0.01", "neq eps=9.0"]
+    assert (one.n, two.n, one.seeds, two.seeds) == (2, 2, [0, 1], [0, 1])
+    assert one.required > two.required
+    assert plain.difference is None
+    assert one.difference == pytest.approx(one.metric_mean - plain.metric_mean)
+    assert "neq eps=9.0" in render([table], 80)
+
+
+def test_a_trial_whose_rows_were_lost_is_run_again(two_eps, tmp_path):
+    shutil.copytree(two_eps / "digits", tmp_path / "digits")
+    spec = small("plain", "recipe.epochs=3", "methods.plain={kind='baseline'}")
+    (tmp_path / "digits" / "epochs" / f"{spec.key}.parquet").unlink()
+    (table,) = model.load([tmp_path / "digits"])
+    assert table.methods[0].n == 1
+    assert "plain seed 0: its rows are missing" in table.unfinished[0]
+    assert plan.states([spec], str(tmp_path))[0].state == "partial"
+    run(spec, tmp_path)
+    (table,) = model.load([tmp_path / "digits"])
+    assert table.methods[0].n == 2
+    assert plan.states([spec], str(tmp_path))[0].state == "done"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +23,26 @@ def test_tables_survive_the_way_through_a_checkpoint():
     assert from_bytes(to_bytes(table)).equals(table)
     assert table.schema.equals(SCHEMAS["layers"])
     assert from_bytes(to_bytes(SCHEMAS["epochs"].empty_table())).num_rows == 0
+
+
+def test_the_columns_are_those_of_the_documentation():
+    """results/README.md is what users rely on."""
+    text = (Path(__file__).parents[1] / "results" / "README.md").read_text()
+    for kind, schema in SCHEMAS.items():
+        for name in schema.names:
+            documented = name.removesuffix("_quantiles")
+            known = f"`{documented}`" in text or documented.startswith("backward_flops")
+            assert known, (kind, name)
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    store, mask = Store(tmp_path, "digits"), os.umask(0o022)
+    try:
+        store.save_checkpoint("key", {})
+    finally:
+        os.umask(mask)
+    (path,) = (tmp_path / "digits" / "checkpoints").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_every_file_of_a_table_has_the_same_schema(tmp_path):

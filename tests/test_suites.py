@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -103,6 +104,11 @@ def test_settings_reach_any_depth(folder):
         ("seeds=[1, 1]", "seeds: a seed is listed twice"),
         ("default_methods=['x']", "default_methods names 'x'"),
         ("data.validation_size=-1", "data.validation_size"),
+        ("recipe.epochs=true", "recipe.epochs: .*got True"),
+        ("methods.neq.eps=true", "methods.neq.eps: .*got True"),
+        ("recipe.optimizer.lr=nan", "lr must be finite"),
+        ("seeds=[99999999999999999999]", "seeds.0"),
+        ("resources.gpus=-1", "resources.gpus: .*got -1"),
         ("model.build=nothing", "model.build"),
         ("resources.cpus=0", "resources.cpus"),
         ("recipe.epochs", "write it as path=value"),
@@ -128,6 +134,30 @@ def test_files_that_are_no_suite(folder, tmp_path):
     (folder / "suite.toml").write_text('extends = "none.toml"')
     with pytest.raises(UserError, match=r"no file 'none\.toml'"):
         suites.load(str(folder))
+    (folder / "suite.toml").write_text('extends = "suite.toml"')
+    with pytest.raises(UserError, match="extends itself"):
+        suites.load(str(folder))
+
+
+def test_extending_replaces_what_is_named_anew(folder):
+    (folder / "more.toml").write_text(
+        """
+extends = "suite.toml"
+[recipe]
+epochs = 9
+optimizer = { name = "Adam" }
+[methods.neq]
+mu = 0.25
+[methods.also]
+kind = "random"
+keep = 0.5
+"""
+    )
+    suite, _ = suites.load(str(folder / "more.toml"))
+    assert (suite.name, suite.recipe.epochs, suite.recipe.batch_size) == ("mine-more", 9, 4)
+    assert (suite.recipe.optimizer.name, suite.recipe.optimizer.arguments) == ("Adam", {})
+    assert (suite.methods["neq"].eps, suite.methods["neq"].mu) == (0.01, 0.25)
+    assert suite.methods["also"].kind == "random"
 
 
 def test_parts_come_from_the_suite_s_folder_first(folder):
@@ -137,19 +167,34 @@ def test_parts_come_from_the_suite_s_folder_first(folder):
     for reference in ("model:nothing", "no_such_module:x", "plain"):
         with pytest.raises(UserError, match=reference.partition(":")[0]):
             suites.part(reference, folder)
+    model = suites.load(str(folder))[0].model
     with pytest.raises(UserError, match="returned str, not a torch module"):
-        suites.build("model:build", folder, {})
-    with pytest.raises(UserError, match="raised TypeError"):
+        suites.build_model(model, folder)
+    with pytest.raises(UserError, match="failed: TypeError"):
         suites.build("model:build", folder, {"width": 3})
 
 
-def spec(folder, settings=(), method="neq", seed=0, fingerprint="f"):
+def test_a_module_that_fails_is_said_with_its_place_each_time(folder):
+    (folder / "broken.py").write_text("\nvalue = 1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"ZeroDivisionError: .* \(broken\.py, line 2\)"):
+            suites.part("broken:value", folder)
+    (folder / "wrong.py").write_text("def build(:")
+    with pytest.raises(UserError, match="SyntaxError"):
+        suites.part("wrong:build", folder)
+    (folder / "neighbour_of_broken.py").write_text("value = 7")
+    (folder / "importing.py").write_text("from neighbour_of_broken import value")
+    assert suites.part("importing:value", folder) == 7
+
+
+def spec(folder, settings=(), method="neq", seed=0, fingerprint="f", code="c"):
     suite, path = suites.load(str(folder), settings)
     return TrialSpec(
         suite=suite,
         folder=str(path),
         method=method,
         seed=seed,
+        code=code,
         fingerprint=fingerprint,
         data_name="d",
     )
@@ -170,7 +215,7 @@ def spec(folder, settings=(), method="neq", seed=0, fingerprint="f"):
         ({"settings": ["recipe.precision=bf16"]}, False, False),
         ({"settings": ["recipe.optimizer.lr=0.2"]}, False, False),
         ({"settings": ["data.validation_size=3"]}, False, False),
-        ({"settings": ["version=2"]}, False, False),
+        ({"code": "other"}, False, False),
         ({"fingerprint": "g"}, False, False),
     ],
 )
@@ -183,6 +228,29 @@ def test_what_a_key_depends_on(folder, change, same_key, same_group):
 def test_keys_do_not_depend_on_how_a_value_is_written(folder):
     assert spec(folder, ["methods.neq.eps=1e-2"]).key == spec(folder).key
     assert spec(folder, ["methods.neq.mu=0.5"]).key == spec(folder).key
+    one, float_one = (spec(folder, [f"recipe.optimizer.lr={lr}"]).key for lr in ("1", "1.0"))
+    assert one == float_one
+
+
+def test_keys_stay_what_they_are():
+    """Stored results are found by these: a change here orphans them (raise NUMERICS instead)."""
+    suite, folder = suites.load("digits")
+    names = {"folder": str(folder), "fingerprint": "f", "code": "c", "data_name": "d"}
+    trial = TrialSpec(suite=suite, method="neq", seed=0, **names)
+    assert (trial.key, trial.group) == ("3ebb4024857ebc6a", "6f28a810a0031a94")
+
+
+def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):
+    keys = []
+    for text in ("x = 1", "x = 2"):
+        folder = tmp_path / "mine"
+        shutil.copytree(suites.builtin()["digits"].parent, folder, dirs_exist_ok=True)
+        (folder / "extra.py").write_text(text)
+        keys.append(plan.specs(str(folder), methods="neq", seeds="0")[0].key)
+    assert keys[0] != keys[1]
+    assert plan.specs("digits", methods="neq", seeds="0")[0].code == suites.code(
+        *suites.load("cifar10")
+    )  # neqbench's own code is not digested
 
 
 def test_plan_of_digits(tmp_path):
@@ -229,11 +297,26 @@ def test_wrong_choices(arguments, message):
         ("recipe.optimizer.colour=1", "SGD refuses its arguments"),
         ("recipe.scheduler.name=SGD", "recipe.scheduler: unknown name 'SGD'"),
         ("recipe.scheduler.milestones=late", "must be a list of epochs"),
-        ("model.exclude=['head']", "model.exclude: no layer is called 'head'"),
-        ("model.arguments={width=3}", "raised TypeError"),
+        ("model.exclude=['head']", "method baseline on this model: no layer is called 'head'"),
+        ("model.input=[3, 16, 16]", r"model.input is \[3, 16, 16\], the images are \[1, 16, 16\]"),
+        ("recipe.optimizer={name='LBFGS'}", "LBFGS"),
+        ("recipe.scheduler={name='ReduceLROnPlateau'}", "follows a metric"),
+        ("task='json:dumps'", "'json:dumps' failed: TypeError"),
+        ("model.arguments={width=3}", "failed: TypeError"),
     ],
 )
 def test_what_only_torch_can_tell_is_found_before_anything_runs(setting, message):
-    suite, folder = suites.load("digits", [setting])
     with pytest.raises(UserError, match=message):
-        plan.check(suite, str(folder))
+        plan.check(plan.specs("digits", [setting]))
+
+
+def test_data_parts_that_fail_or_return_something_else(folder):
+    for text, message in (
+        ("def load(o): raise OSError('gone')", r"'data:load' failed: OSError: gone \(data.py"),
+        ("def load(o): return 3", "'data:load' returned int, not Images"),
+    ):
+        other = folder.with_name(f"with_{len(text)}")
+        shutil.copytree(folder, other)
+        (other / "data.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            plan.specs(str(other))

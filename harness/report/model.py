@@ -22,10 +22,12 @@ class MethodRow:
     dense backward (for `paper`: of the paper's count with nothing frozen). `saved` counts the cost
     of deciding in: 1 − (required + overhead) / dense; `saved_paper` is the published way.
     `difference` is to the baseline, over the seeds that both have, in units of the metric.
+    `label` is the method with the parameters in which it differs from another of its name.
     `seconds_train` of a trial: None where trials of the group ran on different devices.
     """
 
     method: str
+    label: str
     parameters: dict[str, Any]
     n: int
     seeds: list[int]
@@ -57,8 +59,8 @@ class GroupTable:
     title: str
     metric: str
     data: str
+    recipe: dict[str, Any]
     epochs: int
-    precision: str
     devices: list[str]
     timing_shared: bool
     dense: float
@@ -73,12 +75,15 @@ def folders(where: str, root: str) -> list[Path]:
 
     Raises UserError where there are none.
     """
-    for path in (Path(root) / where, Path(where)):
-        if (path / "trials").is_dir():
-            return [path]
-        below = sorted(p.parent for p in path.glob("*/trials") if p.is_dir())
-        if below:
-            return below
+    try:
+        for path in (Path(root) / where, Path(where)):
+            if (path / "trials").is_dir():
+                return [path]
+            below = sorted(p.parent for p in path.glob("*/trials") if p.is_dir())
+            if below:
+                return below
+    except OSError as error:
+        raise UserError(f"{where}: results can't be read ({error.strerror})") from None
     raise UserError(
         f"no results for {where!r} below {root!r}: run `neqbench run {where}` first, or name the "
         "folder that holds them"
@@ -91,6 +96,7 @@ def load(paths: Iterable[Path]) -> list[GroupTable]:
     for path in paths:
         store = Store(path.parent, path.name)
         trials, epochs = store.read("trials").to_pandas(), store.read("epochs").to_pandas()
+        trials = trials.sort_values("started")
         for group, rows in trials.groupby("group", sort=False):
             tables.append(_group(str(group), rows, epochs[epochs["group"] == group]))
     if not tables:
@@ -115,7 +121,8 @@ def _plain(value: Any) -> Any:
 def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable:
     first = trials.iloc[0]
     experiment = json.loads(first["experiment"])
-    done = trials[trials["state"] == "done"]
+    stored = trials["trial"].isin(epochs["trial"])
+    done = trials[(trials["state"] == "done") & stored]
     per_trial = _per_trial(epochs[epochs["trial"].isin(done["trial"])])
     devices = sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique())
     rows = _methods(done, per_trial, timed=len(devices) == 1)
@@ -125,8 +132,8 @@ def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable
         title=first["title"],
         metric=first["metric"],
         data=first["data"],
+        recipe=experiment["recipe"] | {"train_size": experiment["data"]["train_size"]},
         epochs=int(first["epochs"]),
-        precision=experiment["recipe"]["precision"],
         devices=devices,
         timing_shared=bool((done["trials_on_device"] > 1).any()),
         dense=rows[0].dense if rows else math.nan,
@@ -135,6 +142,10 @@ def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable
         unfinished=[
             f"{t.method} seed {t.seed}: {t.epochs_done} of {t.epochs} epochs"
             for t in trials[trials["state"] == "running"].itertuples()
+        ]
+        + [
+            f"{t.method} seed {t.seed}: its rows are missing; run the suite again"
+            for t in trials[(trials["state"] == "done") & ~stored].itertuples()
         ],
         failed=[
             f"{t.method} seed {t.seed}: {t.reason}"
@@ -161,28 +172,37 @@ def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _methods(done: pd.DataFrame, per_trial: pd.DataFrame, timed: bool) -> list[MethodRow]:
-    joined = done.join(per_trial, on="trial")
-    baseline = joined[joined["method"] == "baseline"].set_index("seed")["value"]
-    groups = sorted(joined.groupby("method"), key=lambda item: _order(item[1]))
-    return [_method(str(name), rows.sort_values("seed"), baseline, timed) for name, rows in groups]
+    joined = done.join(per_trial, on="trial").sort_values("seed")
+    joined["kind"] = [json.loads(parameters)["kind"] for parameters in joined["parameters"]]
+    baseline = joined[joined["kind"] == "baseline"].groupby("seed")["value"].mean()
+    groups = [rows for _, rows in joined.groupby(["method", "parameters"])]
+    groups.sort(key=lambda rows: (list(KINDS).index(rows["kind"].iloc[0]), rows["method"].iloc[0]))
+    return [_method(rows, _label(rows, joined), baseline, timed) for rows in groups]
 
 
-def _order(rows: pd.DataFrame) -> tuple[int, str]:
-    first = rows.iloc[0]
-    return list(KINDS).index(json.loads(first["parameters"])["kind"]), str(first["method"])
+def _label(rows: pd.DataFrame, everything: pd.DataFrame) -> str:
+    """The method's name, with what tells it from others of that name."""
+    name, mine = rows["method"].iloc[0], json.loads(rows["parameters"].iloc[0])
+    namesakes = everything[everything["method"] == name]["parameters"].unique()
+    others = [json.loads(parameters) for parameters in namesakes]
+    differing = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
+    return " ".join([name, *(f"{key}={mine[key]}" for key in differing)])
 
 
-def _method(name: str, rows: pd.DataFrame, baseline: "pd.Series[float]", timed: bool) -> MethodRow:
+def _method(rows: pd.DataFrame, label: str, baseline: "pd.Series[float]", timed: bool) -> MethodRow:
+    parameters = json.loads(rows["parameters"].iloc[0])
     means = rows[["value", "dense", "paper", "required", "overhead", "paper_dense"]].mean()
     difference = (rows.set_index("seed")["value"] - baseline).dropna()
+    plain = parameters["kind"] == "baseline"
     return MethodRow(
-        method=name,
-        parameters=json.loads(rows.iloc[0]["parameters"]),
+        method=rows["method"].iloc[0],
+        label=label,
+        parameters=parameters,
         n=len(rows),
         seeds=[int(seed) for seed in rows["seed"]],
         metric_mean=float(means["value"]),
         metric_std=float(rows["value"].std(ddof=1)) if len(rows) > 1 else None,
-        difference=float(difference.mean()) if name != "baseline" and len(difference) else None,
+        difference=None if plain or difference.empty else float(difference.mean()),
         dense=float(means["dense"]),
         paper=float(means["paper"]),
         paper_share=float(means["paper"] / means["paper_dense"]),

@@ -1,6 +1,7 @@
 """The report in a terminal, readable from 80 columns on."""
 
 from textwrap import fill
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,9 +27,8 @@ def show(tables: list[GroupTable], console: Console) -> None:
 
 def _show(table: GroupTable, console: Console) -> None:
     console.print(Text(f"{table.suite}: {table.title}", style="bold"))
-    facts = f"{table.data} · {table.epochs} epochs · {table.precision} · group {table.group}"
-    _say(facts, console, style="dim")
-    _say(", ".join(table.devices), console, style="dim")
+    for facts in _facts(table):
+        _say(facts, console, style="dim")
     if table.methods:
         unit, scale = _unit(table.dense)
         console.print(_grid(table, unit, scale))
@@ -38,6 +38,10 @@ def _show(table: GroupTable, console: Console) -> None:
             paper_dense=f"{table.paper_dense / scale:.2f}",
         )
         _say(note, console)
+        for row in table.methods:
+            parameters = {k: v for k, v in row.parameters.items() if k != "kind"}
+            if parameters:
+                _say(f"{row.label}: {_listed(parameters)}", console, style="dim")
         if len(table.devices) > 1:
             _say(MIXED, console)
         elif table.timing_shared:
@@ -50,9 +54,29 @@ def _show(table: GroupTable, console: Console) -> None:
     console.print()
 
 
+def _facts(table: GroupTable) -> list[str]:
+    recipe = table.recipe
+    used = f" ({recipe['train_size']} images)" if recipe["train_size"] else ""
+    named = [recipe[part] for part in ("optimizer", "scheduler") if recipe[part]]
+    return [
+        f"{table.data}{used} · {table.epochs} epochs · batch {recipe['batch_size']} · "
+        f"{recipe['precision']} · group {table.group}",
+        " · ".join(f"{part['name']} {_listed(_arguments(part))}" for part in named),
+        ", ".join(table.devices),
+    ]
+
+
+def _arguments(named: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in named.items() if key != "name"}
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
 def _grid(table: GroupTable, unit: str, scale: float) -> Table:
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
-    grid.add_column("method", no_wrap=True)
+    grid.add_column("method", overflow="fold")
     mark = "*" if table.timing_shared else ""
     for title in (
         "n",
@@ -67,7 +91,7 @@ def _grid(table: GroupTable, unit: str, scale: float) -> Table:
     ):
         grid.add_column(title, justify="right", no_wrap=True)
     for row in table.methods:
-        grid.add_row(row.method, *_cells(row, scale))
+        grid.add_row(row.label, *_cells(row, scale))
     return grid
 
 
@@ -91,7 +115,8 @@ def _seconds(seconds: float) -> str:
 
 
 def _unit(flops: float) -> tuple[str, float]:
-    return next((u, s) for u, s in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)) if flops >= s)
+    units = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+    return next(((unit, scale) for unit, scale in units if flops >= scale), ("", 1.0))
 
 
 def _say(text: str, console: Console, style: str = "") -> None:

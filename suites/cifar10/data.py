@@ -111,7 +111,7 @@ def _read(path: Path) -> pa.Table:
 def _decode(encoded: bytes, where: str) -> Tensor:
     try:
         image = numpy.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (UnidentifiedImageError, OSError, TypeError) as error:
+    except (UnidentifiedImageError, OSError, TypeError, ValueError, SyntaxError) as error:
         raise UserError(f"{where} cannot be decoded ({_line(error)}); replace the file") from None
     if image.shape != (SIZE, SIZE, 3):
         raise UserError(f"{where} is {image.shape[1]} × {image.shape[0]}, not {SIZE} × {SIZE}")
