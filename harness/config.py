@@ -129,7 +129,7 @@ class TrialSpec(Strict):
     """One trial: a suite's experiment with one method and one seed, on data already seen.
 
     `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's;
-    `fingerprint`: of the data, from their content.
+    `fingerprint`: of the data, from their content; `metric`: what the suite's task measures.
     """
 
     suite: Suite
@@ -139,6 +139,7 @@ class TrialSpec(Strict):
     code: str
     fingerprint: str
     data_name: str
+    metric: str
 
     @property
     def group(self) -> str:

@@ -42,6 +42,7 @@ def specs(
     numbers = _seeds(seeds) if seeds is not None else suite.seeds
     images = load_images(suite, folder)
     fingerprint, code = images.fingerprint(), suites.code(suite, folder)
+    metric = suites.build(suite.task, folder, {}).metric
     return [
         TrialSpec(
             suite=suite,
@@ -51,6 +52,7 @@ def specs(
             code=code,
             fingerprint=fingerprint,
             data_name=images.name,
+            metric=metric,
         )
         for seed in numbers
         for method in chosen
@@ -86,7 +88,6 @@ def check(trials: Sequence[TrialSpec]) -> None:
         raise UserError(
             f"{where}: model.input is {list(suite.model.input)}, the images are {list(shape)}"
         )
-    suites.build(suite.task, folder, {})
     model = suites.build_model(suite.model, folder)
     measured(model, suite.model.input)
     for name in dict.fromkeys(trial.method for trial in trials):

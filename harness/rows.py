@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import neq
-from harness import suites
 from harness.config import TrialSpec
 from harness.flops import Backward
 from harness.provenance import provenance
@@ -110,6 +109,9 @@ class Rows:
         ]
         self._layers = tables["layers"]
         self.threads = state["threads"]
+        if self.complete:  # this attempt has nothing left to compute
+            self._sharing, self._hardware = state["sharing"], state["hardware"]
+            return
         self._sharing = max(self._sharing, state["sharing"])
         for name, earlier in state["hardware"].items():
             now = self._hardware[name]
@@ -135,7 +137,7 @@ class Rows:
             "traceback": failure.traceback if failure else None,
             "epochs": suite.recipe.epochs,
             "epochs_done": len(self.epochs),
-            "metric": suites.part(suite.task, self.spec.folder).metric,
+            "metric": self.spec.metric,
             "title": suite.title,
             "experiment": json.dumps(suite.experiment()),
             "parameters": self.spec.spec.model_dump_json(),

@@ -197,6 +197,7 @@ def spec(folder, settings=(), method="neq", seed=0, fingerprint="f", code="c"):
         code=code,
         fingerprint=fingerprint,
         data_name="d",
+        metric="m",
     )
 
 
@@ -235,7 +236,13 @@ def test_keys_do_not_depend_on_how_a_value_is_written(folder):
 def test_keys_stay_what_they_are():
     """Stored results are found by these: a change here orphans them (raise NUMERICS instead)."""
     suite, folder = suites.load("digits")
-    names = {"folder": str(folder), "fingerprint": "f", "code": "c", "data_name": "d"}
+    names = {
+        "folder": str(folder),
+        "fingerprint": "f",
+        "code": "c",
+        "data_name": "d",
+        "metric": "m",
+    }
     trial = TrialSpec(suite=suite, method="neq", seed=0, **names)
     assert (trial.key, trial.group) == ("3ebb4024857ebc6a", "6f28a810a0031a94")
 
@@ -306,8 +313,9 @@ def test_wrong_choices(arguments, message):
     ],
 )
 def test_what_only_torch_can_tell_is_found_before_anything_runs(setting, message):
-    with pytest.raises(UserError, match=message):
-        plan.check(plan.specs("digits", [setting]))
+    with pytest.raises(UserError, match=message):  # noqa: PT012 — the earlier the better
+        trials = plan.specs("digits", [setting])
+        plan.check(trials)
 
 
 def test_data_parts_that_fail_or_return_something_else(folder):
