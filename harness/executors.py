@@ -173,7 +173,8 @@ def _connect(address: str | None) -> None:
     except (OSError, ValueError) as error:
         where = address or "this machine"
         raise UserError(
-            f"no Ray cluster answers at {where} ({error}); check --address and RAY_ADDRESS"
+            f"no Ray cluster answers at {where} ({error}); check --address, RAY_ADDRESS and, where "
+            "the cluster asks for one, the token (RAY_AUTH_TOKEN)"
         ) from None
 
 
