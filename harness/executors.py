@@ -161,25 +161,25 @@ def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS")
+    # Without "local" Ray would join whatever was last started on this machine, alive or not.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         _knock(address)
         ray.init(
             address=address,
-            include_dashboard=False if address is None else None,
+            include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level="ERROR",
         )
     except (OSError, ValueError) as error:
-        where = address or "this machine"
         raise UserError(
-            f"no Ray cluster answers at {where} ({error}); check --address, RAY_ADDRESS and, where "
-            "the cluster asks for one, the token (RAY_AUTH_TOKEN)"
+            f"no Ray cluster answers at {address} ({error}); check --address, RAY_ADDRESS and, "
+            "where the cluster asks for one, the token (RAY_AUTH_TOKEN)"
         ) from None
 
 
-def _knock(address: str | None) -> None:
+def _knock(address: str) -> None:
     """Raise OSError at once where nothing listens: Ray itself would try for minutes."""
-    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
