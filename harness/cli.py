@@ -158,7 +158,7 @@ def report(
 
     tables = model.load(model.folders(what, results))
     if format == "json":
-        print(model.to_json(tables))
+        _write(model.to_json(tables))
     else:
         terminal.show(tables, _console())
 
@@ -193,7 +193,7 @@ def _console() -> Any:
 
         def on_broken_pipe(self) -> None:
             self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _nobody_reads()
 
     return Patient(highlight=False)
 
@@ -209,4 +209,15 @@ def _table(*titles: str) -> Any:
 
 
 def _json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    _write(json.dumps(value, indent=2))
+
+
+def _write(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _nobody_reads()
+
+
+def _nobody_reads() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

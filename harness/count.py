@@ -11,7 +11,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from harness import suites
-from harness.config import Model
 from harness.errors import UserError
 from harness.flops import CONVOLUTIONS, Costs, measure
 
@@ -59,9 +58,10 @@ def count(
         if shape is not None:
             raise UserError("--input belongs to --model; a suite's file says its own input")
         loaded, folder = suites.load(suite, settings)
-        costs = measured(suites.build_model(loaded.model, folder), loaded.model.input)
+        parts = loaded.model
+        costs = measured(suites.build_model(parts.build, folder, parts.arguments), parts.input)
         try:
-            excluded = costs.neurons.select(loaded.model.exclude)
+            excluded = costs.neurons.select(parts.exclude)
         except ValueError as error:
             raise UserError(f"suite {loaded.name}: model.exclude: {error}") from None
         return Counted(loaded.name, costs, _draw(costs.called & ~excluded, share, seed))
@@ -69,7 +69,7 @@ def count(
     if settings:
         raise UserError("--set belongs to a suite, not to --model")
     size = _shape(shape)
-    costs = measured(suites.build_model(Model(build=model, input=size), "."), size)
+    costs = measured(suites.build_model(model, ".", {}), size)
     return Counted(model, costs, _draw(costs.called & ~_head(costs), share, seed))
 
 

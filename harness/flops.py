@@ -259,17 +259,27 @@ def _matmul(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
-    """Every index once; fvcore's own handle reads the figure from rounded text."""
-    equation = inputs[0].toIValue().replace(" ", "")
-    subscripts = equation.partition("->")[0].split(",")
+    """Products of all indices; fvcore's own handle reads the figure from rounded text."""
+    left, arrow, output = inputs[0].toIValue().replace(" ", "").partition("->")
+    operands: list[set[str]] = []
     sizes: dict[str, int] = {}
-    for letters, operand in zip(subscripts, inputs[1].node().inputs(), strict=True):
+    for letters, operand in zip(left.split(","), inputs[1].node().inputs(), strict=True):
         shape = _shape(operand)
         named = len(letters.replace("...", ""))
         batch = "".join(chr(0x400 + i) for i in range(len(shape) - named, 0, -1))
+        operands.append(set(letters.replace("...", batch)))
         for letter, size in zip(letters.replace("...", batch), shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1))
-    return Counter(einsum=prod(sizes.values()))
+    if not arrow:
+        output = "".join(letter for letter in sizes if left.count(letter) == 1)
+    kept = set(output) | {letter for letter in sizes if ord(letter) > 0x400}
+    total, done = 0, operands[0]
+    for place, right in enumerate(operands[1:], start=1):  # two at a time, as torch does
+        later = kept.union(*operands[place + 1 :])
+        both = (done & (right | later)) | (right & (done | later))
+        total += prod(sizes[letter] for letter in both)
+        done = both & later
+    return Counter(einsum=total)
 
 
 def _baddbmm(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:

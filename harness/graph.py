@@ -159,7 +159,8 @@ def _between(output: Node | None, inputs: frozenset[Node]) -> set[Node]:
     while stack:
         node = stack.pop()
         owned.add(node)
-        stack += [s for s in _sources(node) if s not in inputs and s not in owned]
+        inner = (s for s in _sources(node) if not hasattr(s, "variable"))  # weights are shared
+        stack += [s for s in inner if s not in inputs and s not in owned]
     return owned
 
 

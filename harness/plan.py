@@ -41,7 +41,8 @@ def specs(
     chosen = _methods(suite, methods)
     numbers = _seeds(seeds) if seeds is not None else suite.seeds
     images = load_images(suite, folder)
-    fingerprint, code = images.fingerprint(), suites.code(suite, folder)
+    fingerprint = images.fingerprint()
+    code = suites.code(suite, folder, shipped=name in suites.builtin())
     metric = suites.build(suite.task, folder, {}).metric
     return [
         TrialSpec(
@@ -88,7 +89,7 @@ def check(trials: Sequence[TrialSpec]) -> None:
         raise UserError(
             f"{where}: model.input is {list(suite.model.input)}, the images are {list(shape)}"
         )
-    model = suites.build_model(suite.model, folder)
+    model = suites.build_model(suite.model.build, folder, suite.model.arguments)
     measured(model, suite.model.input)
     for name in dict.fromkeys(trial.method for trial in trials):
         optimizer, _ = build_optimizer(suite, model.parameters())

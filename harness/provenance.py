@@ -44,10 +44,10 @@ def _cpu() -> str | None:
     return next(names, platform.machine())
 
 
-def _gpu() -> str:
+def _gpu() -> str | None:
     import torch
 
-    return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _git(*arguments: str) -> str | None:

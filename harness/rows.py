@@ -40,17 +40,19 @@ class Slot:
 
 class Rows:
     """Rows so far. `threads` is decided by the first attempt and kept by every later one; what
-    else the attempts ran on is collected.
+    else the attempts ran on is collected (`here`: this process is one).
     """
 
-    def __init__(self, spec: TrialSpec, store: Store, slot: Slot) -> None:
+    def __init__(self, spec: TrialSpec, store: Store, slot: Slot, *, here: bool = True) -> None:
         self.spec, self.slot = spec, slot
         self.epochs: list[EpochRecord] = []
         self.threads = spec.suite.resources.cpus
         self._store = store
         self._layers = SCHEMAS["layers"].empty_table()
         self._provenance = provenance(slot.gpu)
-        self._hardware = {name: [self._provenance[name]] for name in ("cpu", "gpu", "driver")}
+        self._hardware: dict[str, list[str | None]] = {
+            name: [self._provenance[name]] if here else [] for name in ("cpu", "gpu", "driver")
+        }
         self._sharing = slot.sharing
         earlier = store.trial(spec.key)
         self._attempts = earlier["attempts"] + 1 if earlier else 1

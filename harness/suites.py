@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import sys
 import tomllib
 import traceback
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from harness.config import Model, Suite
+from harness.config import Suite
 from harness.errors import UserError
 
 if TYPE_CHECKING:
@@ -159,13 +158,19 @@ def part(reference: str, folder: Path | str) -> Any:
 
     Raises UserError where either is missing or the module fails.
     """
-    module_name, _, attribute = reference.partition(":")
+    try:
+        return reduce(getattr, reference.partition(":")[2].split("."), _module(reference, folder))
+    except AttributeError as error:
+        raise UserError(f"{reference!r} cannot be loaded: {error}") from error
+
+
+def _module(reference: str, folder: Path | str) -> Any:
+    name, _, attribute = reference.partition(":")
     if not attribute:
         raise UserError(f"{reference!r}: write it as module:callable")
-    beside = Path(folder) / f"{module_name}.py"
+    beside = Path(folder) / f"{name}.py"
     try:
-        module = _beside(beside) if beside.is_file() else _installed(module_name)
-        return reduce(getattr, attribute.split("."), module)
+        return _beside(beside) if beside.is_file() else _installed(name)
     except Exception as error:
         raise UserError(f"{reference!r} cannot be loaded: {said(error)}") from error
 
@@ -177,22 +182,20 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def code(suite: Suite, folder: Path) -> str:
-    """Digest of the suite's own modules: those beside it and those of its parts.
+def code(suite: Suite, folder: Path, shipped: bool) -> str:
+    """Digest of the user's own code: modules beside a suite that is not shipped, and of parts.
 
     Code of neqbench itself and of installed packages is left out: `numerics` and the versions in
     the results speak for them.
     """
-    files = set(folder.glob("*.py"))
+    own = set() if shipped else set(folder.glob("*.py"))
+    ours = [Path(__file__).parents[1] / name for name in ("harness", "suites", "neq")]
     for reference in (suite.task, suite.model.build, suite.data.load):
-        source = inspect.getsourcefile(part(reference, folder))
-        files.add(Path(source or __file__))
-    ours = Path(__file__).parents[1]
-    packages = [ours / name for name in ("harness", "suites", "neq")]
+        path = Path(getattr(_module(reference, folder), "__file__", None) or __file__)
+        if "site-packages" not in path.parts and not any(map(path.is_relative_to, ours)):
+            own.add(path)
     digest = hashlib.sha256()
-    for path in sorted(path.resolve() for path in files):
-        if "site-packages" in path.parts or any(path.is_relative_to(p) for p in packages):
-            continue
+    for path in sorted(path.resolve() for path in own):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -206,13 +209,13 @@ def build(reference: str, folder: Path | str, arguments: dict[str, Any]) -> Any:
         raise UserError(f"{reference!r} failed: {said(error)}") from error
 
 
-def build_model(model: Model, folder: Path | str) -> "nn.Module":
-    """The module that a suite's builder returns; raises UserError."""
+def build_model(reference: str, folder: Path | str, arguments: dict[str, Any]) -> "nn.Module":
+    """The module that the builder at `reference` returns; raises UserError."""
     from torch import nn
 
-    module = build(model.build, folder, model.arguments)
+    module = build(reference, folder, arguments)
     if not isinstance(module, nn.Module):
-        raise UserError(f"{model.build!r} returned {type(module).__name__}, not a torch module")
+        raise UserError(f"{reference!r} returned {type(module).__name__}, not a torch module")
     return module
 
 

@@ -62,9 +62,9 @@ def supervised(spec: TrialSpec, root: str, slot: Slot) -> Iterator[Event]:
 
 
 def lost(spec: TrialSpec, root: str, slot: Slot, reason: str) -> Failure:
-    """Record a trial whose process died too often to say so itself."""
+    """Record, from the driver, a trial whose process died too often to say so itself."""
     store = Store(root, spec.suite.name)
-    rows = Rows(spec, store, slot)
+    rows = Rows(spec, store, slot, here=False)
     state = store.load_checkpoint(spec.key)
     if state is not None:
         rows.load(state["rows"])
@@ -132,7 +132,7 @@ class Trial:
         self.batches = data.open(self.device, seed, self.recipe.batch_size)
         self.task = suites.part(self.suite.task, folder)()
         seed_globals(seed, "initialisation")
-        model = suites.build_model(parts, folder)
+        model = suites.build_model(parts.build, folder, parts.arguments)
         self.costs = measure(model, parts.input)
         self.model = model.to(self.device)
         self.optimizer, self.scheduler = build_optimizer(self.suite, model.parameters())

@@ -208,13 +208,34 @@ def _ieee() -> Iterator[None]:
     cpu: Any = torch.backends.mkldnn
     products = (cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
     before = [product.fp32_precision for product in products]
+    convolution = _older(lambda: cudnn.allow_tf32)
+    product_precision = _older(torch.get_float32_matmul_precision)
     try:
+        if convolution is not None:
+            cudnn.allow_tf32 = False
+        if product_precision is not None:
+            torch.set_float32_matmul_precision("highest")
         for product in products:
             product.fp32_precision = "ieee"
         yield
     finally:
+        if convolution is not None:
+            cudnn.allow_tf32 = convolution
+        if product_precision is not None:
+            torch.set_float32_matmul_precision(product_precision)
         for product, precision in zip(products, before, strict=True):
             product.fp32_precision = precision
+
+
+def _older(read: Callable[[], Any]) -> Any:
+    """torch's older settings, which must agree with the newer or a model that reads them fails.
+
+    None where the process has set only the newer ones.
+    """
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 @contextmanager

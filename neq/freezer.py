@@ -140,6 +140,7 @@ class NeuronFreezer:
         self.reading = Reading(
             *(state[name].to("cpu", copy=True) for name in ("phi", "delta_phi", "velocity"))
         )
+        self.frozen = torch.zeros_like(self.frozen)  # the optimizer's state is its own to load
         self.freeze(state["frozen"])
         before = {name: t.to(device, copy=True) for name, t in state["before"].items()}
         self._before = before or None

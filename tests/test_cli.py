@@ -122,6 +122,8 @@ def test_published_counts(neqbench):
         (["flops", "--model", "torchvision.models:resnet18"], "give one sample's shape"),
         (["flops", "--model", "torchvision.models:resnet18", "--input", "3x0"], "sample's shape"),
         (["flops", "--model", "torchvision.models:resnet18", "--input", "1x8x8"], "does not run"),
+        (["flops", "--model", "torchvision.models", "--input", "3x8x8"], "as module:callable"),
+        (["flops", "--model", "my-mod:net", "--input", "3x8x8"], "cannot be loaded"),
         (["flops", "digits", "--frozen", "2"], "must be between 0 and 1"),
         (["flops", "digits", "--input", "3x8x8"], "--input belongs to --model"),
         (["run"], "Missing argument"),

@@ -225,6 +225,24 @@ def test_buffers_may_appear_and_grow():
     assert not freezer.reading.phi.isnan().any()
 
 
+def test_a_model_may_use_torch_s_older_precision_flags():
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            with torch.backends.cudnn.flags(enabled=True):
+                assert not torch.backends.cuda.matmul.allow_tf32
+                return self.fc(x)
+
+    model = Careful()
+    allowed = torch.backends.cudnn.allow_tf32
+    values = phi(model, snapshot(model), [torch.ones(2, 3)], neq.NeuronIndex(model), "dataset")
+    assert values.tolist() == pytest.approx([1.0] * 3)
+    assert torch.backends.cudnn.allow_tf32 == allowed
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_deciding_does_not_follow_the_matmul_precision(precision):
     torch.manual_seed(0)

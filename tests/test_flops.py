@@ -179,6 +179,33 @@ def test_a_vector_and_a_recurrent_layer():
     assert measure(recurrent, (5, 4)).uncounted == ["aten::lstm"]
 
 
+def live_and_detached(m, x):
+    return m.b(m.a(x)) + 0 * m.b(m.a(2 * x).detach())
+
+
+def test_a_discarded_call_of_a_layer_that_is_also_used():
+    model = _Apply(live_and_detached, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    forward, dense = counted_by_torch(model, (5, 4))
+    costs = measure(model, (5, 4))
+    backward = costs.backward(torch.zeros(7, dtype=torch.bool))
+    assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
+
+
+@pytest.mark.parametrize(
+    "equation, products",
+    [
+        ("bnd,de,ef->bnf", 7 * 13 * 11 + 7 * 11 * 3),
+        ("bnd,de,ef", 7 * 13 * 11 + 7 * 11 * 3),
+        ("bnd,de,ef->bn", 7 * 13 * 11 + 7 * 11),
+        ("bnd->bdn", 0),
+    ],
+)
+def test_einsum_of_several_operands(equation, products):
+    others = [torch.randn(13, 11), torch.randn(11, 3)][: equation.count(",")]
+    model = _Apply(lambda m, x: torch.einsum(equation, m.a(x), *others), a=nn.Linear(4, 13))
+    assert measure(model, (7, 4)).forward() == 2 * (7 * 4 * 13 + products)
+
+
 def test_the_einsum_rule_takes_ellipses():
     model = _Apply(
         lambda m, x: torch.einsum("...nd, ...md -> ...nm", m.a(x), m.a(x)), a=nn.Linear(3, 5)

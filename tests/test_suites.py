@@ -167,9 +167,8 @@ def test_parts_come_from_the_suite_s_folder_first(folder):
     for reference in ("model:nothing", "no_such_module:x", "plain"):
         with pytest.raises(UserError, match=reference.partition(":")[0]):
             suites.part(reference, folder)
-    model = suites.load(str(folder))[0].model
     with pytest.raises(UserError, match="returned str, not a torch module"):
-        suites.build_model(model, folder)
+        suites.build_model("model:build", folder, {})
     with pytest.raises(UserError, match="failed: TypeError"):
         suites.build("model:build", folder, {"width": 3})
 
@@ -255,9 +254,21 @@ def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):
         (folder / "extra.py").write_text(text)
         keys.append(plan.specs(str(folder), methods="neq", seeds="0")[0].key)
     assert keys[0] != keys[1]
-    assert plan.specs("digits", methods="neq", seeds="0")[0].code == suites.code(
-        *suites.load("cifar10")
-    )  # neqbench's own code is not digested
+    cifar10, elsewhere = suites.load("cifar10")
+    (digits,) = plan.specs("digits", methods="neq", seeds="0")
+    assert digits.code == suites.code(cifar10, elsewhere, shipped=True)  # none of neqbench's own
+    assert suites.code(cifar10, elsewhere, shipped=False) != digits.code
+
+
+def test_parts_need_not_be_plain_functions(folder):
+    for text in (
+        "import functools\n@functools.cache\ndef build(): ...",
+        "import functools\nbuild = functools.partial(dict)",
+    ):
+        (folder / "model.py").write_text(text)
+        (folder / "data.py").write_text("def load(options): ...")
+        suite, path = suites.load(str(folder))
+        assert suites.code(suite, path, shipped=False)
 
 
 def test_plan_of_digits(tmp_path):
