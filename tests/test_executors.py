@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +54,16 @@ class Breaking(torch.nn.Module):
             raise RuntimeError("a bug of the user's")
         return self.inner(x)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remains_of_a_cluster():
+    """Ray's own folder says that a cluster is running which is long gone."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        yield
 
 
 @pytest.fixture
