@@ -175,15 +175,11 @@ class Costs:
 
     def _live(self, frozen: Tensor) -> int:
         """Bit i: parameter i has a row that trains."""
-        live = self._every_parameter
+        live = (1 << len(self._numbers)) - 1
         for cost in self._layers:
             if bool(frozen[cost.layer.neurons].all()):
                 live &= ~cost.bits
         return live
-
-    @property
-    def _every_parameter(self) -> int:
-        return (1 << len(self._numbers)) - 1
 
 
 def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
@@ -197,7 +193,7 @@ def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
     neurons = NeuronIndex(model)
     numbers = {id(p): i for i, p in enumerate(model.parameters())}
     with torch.random.fork_rng([]):
-        graph = trace(model.train(), inputs, neurons)
+        graph = trace(model.train(), inputs, neurons, numbers)
         train = _Forward(model, inputs, neurons)
         evaluation = _Forward(model.eval(), inputs, neurons)
     return Costs(neurons, graph, train, evaluation, numbers)

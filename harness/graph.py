@@ -41,31 +41,34 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Calls and products of one forward; parameters are numbered as `model.parameters()` is."""
+    """Calls and products of one forward."""
 
     calls: tuple[Call, ...]
     products: tuple[Product, ...]
 
 
-def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> Graph:
-    """Run `model(inputs)` once with gradients and read the graph that it leaves behind."""
+def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[int, int]) -> Graph:
+    """Run `model(inputs)` once with gradients and read the graph that it leaves behind.
+
+    `numbers`: id of each parameter → the bit that stands for it.
+    """
     recorder = _Recorder(neurons)
     with recorder.hooks(), torch.enable_grad():
         outputs = model(inputs)
     roots = list(_nodes(outputs))
-    numbers = {id(p): i for i, p in enumerate(model.parameters())}
     upstream = _upstream([*roots, *recorder.nodes()], numbers)
     reached = _upstream(roots, numbers).keys()
-    owned = set().union(*(_between(run.output, run.inputs) for run in recorder.runs))
+    insides = [_between(run.output, run.inputs) for run in recorder.runs]
+    owned = set().union(*insides)
     calls = tuple(
         Call(
             run.layer.name,
             run.elements,
             _union(upstream[node] for node in run.inputs),
             # Not `run.output in reached`: an in-place operation on a view rewrites its node.
-            not _between(run.output, run.inputs).isdisjoint(reached),
+            not inside.isdisjoint(reached),
         )
-        for run in recorder.runs
+        for run, inside in zip(recorder.runs, insides, strict=True)
     )
     products = (
         Product(flops, _union(upstream[source] for source in sources))

@@ -8,7 +8,7 @@ import torch
 
 from harness import suites
 from harness.config import Suite, TrialSpec
-from harness.data import load_images
+from harness.data import Images, load_images
 from harness.errors import UserError
 from harness.storage import Store
 
@@ -41,6 +41,7 @@ def specs(
     chosen = _methods(suite, methods)
     numbers = _seeds(seeds) if seeds is not None else suite.seeds
     images = load_images(suite, folder)
+    _check_shape(suite, images)
     fingerprint = images.fingerprint()
     code = suites.code(suite, folder, shipped=name in suites.builtin())
     metric = suites.build(suite.task, folder, {}).metric
@@ -83,12 +84,6 @@ def check(trials: Sequence[TrialSpec]) -> None:
     from harness.trial import build_optimizer
 
     suite, folder = trials[0].suite, trials[0].folder
-    where = f"suite {suite.name}"
-    shape = tuple(load_images(suite, folder).train.read(torch.tensor([0])).shape[1:])
-    if shape != suite.model.input:
-        raise UserError(
-            f"{where}: model.input is {list(suite.model.input)}, the images are {list(shape)}"
-        )
     model = suites.build_model(suite.model.build, folder, suite.model.arguments)
     measured(model, suite.model.input)
     for name in dict.fromkeys(trial.method for trial in trials):
@@ -96,8 +91,17 @@ def check(trials: Sequence[TrialSpec]) -> None:
         try:
             method = Method(suite.methods[name], model, optimizer, suite.model.exclude, seed=0)
         except ValueError as error:
-            raise UserError(f"{where}: method {name} on this model: {error}") from None
+            raise UserError(f"suite {suite.name}: method {name} on this model: {error}") from None
         method.freezer.remove()
+
+
+def _check_shape(suite: Suite, images: Images) -> None:
+    shape = tuple(images.train.read(torch.tensor([0])).shape[1:])
+    if shape != suite.model.input:
+        raise UserError(
+            f"suite {suite.name}: model.input is {list(suite.model.input)}, "
+            f"the images are {list(shape)}"
+        )
 
 
 def _methods(suite: Suite, chosen: str | None) -> list[str]:

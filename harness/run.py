@@ -54,10 +54,10 @@ def _execute(
     address: str | None,
     console: Console,
 ) -> int:
-    from harness.executors import Inline, Ray
+    from harness.executors import Executor, Inline, Ray
     from harness.progress import Progress
 
-    runner = Inline() if executor == "inline" else Ray(address)
+    runner: Executor = Inline() if executor == "inline" else Ray(address)
     with (
         Progress(console, done, len(todo)) as progress,
         contextlib.closing(runner.run(todo, root)) as events,
