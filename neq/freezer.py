@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.equilibrium import Reading, Similarity, phi, snapshot
+from neq.gradients import Gradient, LayerPlan, SelectiveGradients
 from neq.neurons import NeuronIndex
 from neq.policies import AtEquilibrium, Policy
-from neq.selective import SelectiveGradients
+from neq.timings import Timings
 
 # Names under which torch's optimizers keep their first moment (SGD, RMSprop; the Adam family).
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -36,9 +37,13 @@ class NeuronFreezer:
         *,
         exclude: Iterable[str] = (),
         similarity: Similarity = "dataset",
+        gradient: Gradient = "exact",
+        timings: Timings | None = None,
     ) -> None:
         if similarity not in ("dataset", "sample"):
             raise ValueError(f"similarity must be 'dataset' or 'sample', got {similarity!r}")
+        if gradient not in ("exact", "cut"):
+            raise ValueError(f"gradient must be 'exact' or 'cut', got {gradient!r}")
         if isinstance(exclude, str):
             raise ValueError(f"exclude must be a list of names; write [{exclude!r}]")
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -51,8 +56,9 @@ class NeuronFreezer:
             raise ValueError("the model has no convolution, linear or normalisation layer")
         self._freezable = ~self.neurons.select(exclude)
         self._optimizer = optimizer
-        self._gradients = SelectiveGradients(self.neurons.layers)
-        self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self.timings = timings or Timings()
+        self._gradients = SelectiveGradients(self._model, self.neurons, gradient)
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -84,6 +90,11 @@ class NeuronFreezer:
         self.freeze(mask)
         self.epoch += 1
 
+    @property
+    def plan(self) -> dict[str, LayerPlan]:
+        """How the backward of each layer is computed at the moment, by layer name."""
+        return self._gradients.plan
+
     @torch.no_grad()
     def freeze(self, mask: Tensor) -> None:
         """Freeze exactly the neurons of `mask` (bool [neurons]) that are not excluded."""
@@ -92,7 +103,7 @@ class NeuronFreezer:
                 f"mask must be bool [{len(self.neurons)}], got {mask.dtype} {list(mask.shape)}"
             )
         before, self.frozen = self.frozen, mask.cpu() & self._freezable
-        self._gradients.select(self.frozen)
+        self._gradients.select(self.frozen, self.timings)
         self._gradients.apply()
         self._reset_first_moments(before | self.frozen)
 
@@ -109,13 +120,15 @@ class NeuronFreezer:
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
         self._gradients.apply()
-        self._kept = [(p, rows, p[rows]) for p, rows in self._gradients.partly_frozen()]
+        self._kept = [
+            (p, rows, p.index_select(0, rows)) for p, rows in self._gradients.partly_frozen()
+        ]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         # Weight decay and second-moment optimizers move rows whose gradient is zero.
         for parameter, rows, values in self._kept:
-            parameter[rows] = values
+            parameter.index_copy_(0, rows, values)
         self._kept = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +137,7 @@ class NeuronFreezer:
             "layers": {name: part.stop - part.start for name, part in self.neurons.items()},
             "epoch": self.epoch,
             "frozen": self.frozen.clone(),
+            "timings": self.timings.to_json(),
             "phi": self.reading.phi.clone(),
             "delta_phi": self.reading.delta_phi.clone(),
             "velocity": self.reading.velocity.clone(),
@@ -140,6 +154,7 @@ class NeuronFreezer:
         self.reading = Reading(
             *(state[name].to("cpu", copy=True) for name in ("phi", "delta_phi", "velocity"))
         )
+        self.timings = Timings.from_json(state["timings"])
         self.frozen = torch.zeros_like(self.frozen)  # the optimizer's state is its own to load
         self.freeze(state["frozen"])
         before = {name: t.to(device, copy=True) for name, t in state["before"].items()}

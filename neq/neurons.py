@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from neq.selective import plain_type
+
 # Layers whose neurons can freeze, with the axis of their output that holds the neurons.
 # By exact type: a subclass may mean something else (torchvision's LayerNorm2d norms axis 1).
 NEURON_AXIS: dict[type[nn.Module], int] = {
@@ -70,7 +72,7 @@ class NeuronIndex:
             weight = module.weight
             assert isinstance(weight, Tensor)
             neurons = slice(start, start + weight.shape[0])
-            self.layers += (Layer(name, module, neurons, NEURON_AXIS[type(module)]),)
+            self.layers += (Layer(name, module, neurons, NEURON_AXIS[plain_type(module)]),)
             start = neurons.stop
         self._size = start
         self._slices = {layer.name: layer.neurons for layer in self.layers}
@@ -116,7 +118,7 @@ def _below(name: str, prefix: str) -> bool:
 def _why_unsupported(module: nn.Module, owners: Counter[int]) -> str:
     """Empty where every row of the module's parameters belongs to one neuron, else the reason."""
     parameters = dict(module.named_parameters(recurse=False))
-    if type(module) not in NEURON_AXIS:
+    if plain_type(module) not in NEURON_AXIS:
         return f"{type(module).__name__} is not a supported layer"
     if not parameters.keys() <= {"weight", "bias"} or "weight" not in parameters:
         return "its weight is parametrised"

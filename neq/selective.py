@@ -1,73 +1,300 @@
-"""Gradients for the rows that train, and for no others.
+"""Layers whose backward computes the rows that train, and no others.
 
-The gradient with respect to a layer's input stays exact: it flows through frozen neurons.
+A layer takes on one of these classes while some of its neurons are frozen, and its own again
+afterwards: parameters, buffers, hooks and `state_dict` stay as they are. Without gradients, under
+torch.compile and under torch.func it computes like the plain layer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 
-from neq.neurons import Layer
+from neq.kernels import KERNELS, Geometry, Rows, channels
 
 
-class SelectiveGradients:
-    """Keeps the gradient rows of trainable neurons, on the parameters of `layers`.
+@dataclass(slots=True, eq=False)
+class Work:
+    """What a layer's backward does: `kernel` computes `rows`, None where every neuron is frozen.
 
-    Right after the backward the rows of frozen neurons are zero, and a parameter whose every row
-    is frozen has no gradient at all.
+    `cut`: the input gradient flows through trainable neurons only. `shape`: of a convolution.
+    `returned`: where the last weight gradient lies, and its version; frozen rows are zero there.
     """
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
-        self._layers = tuple(layers)
-        self._rows: dict[nn.Parameter, Tensor] = {}
-        self._whole: set[nn.Parameter] = set()
-        self._handles: dict[nn.Parameter, RemovableHandle] = {}
+    kernel: str
+    rows: Rows | None
+    cut: bool
+    shape: Geometry | None
+    returned: tuple[int, int] = (0, 0)
 
-    def select(self, frozen: Tensor) -> None:
-        """Frozen from now on: bool [neurons of the whole index]."""
-        self._rows.clear()
-        self._whole.clear()
-        for layer in self._layers:
-            rows = frozen[layer.neurons].nonzero().squeeze(1)
-            for parameter in layer.parameters:
-                self._watch(parameter)
-                if len(rows) == layer.size:
-                    self._whole.add(parameter)
-                elif len(rows):
-                    self._rows[parameter] = rows.to(parameter.device)
+    def scatter(self, computed: Tensor, weight: Tensor) -> Tensor:
+        """The weight gradient with `computed` rows in their places."""
+        assert self.rows is not None
+        gradient = self.rows.scatter(computed, weight)
+        self.returned = gradient.data_ptr(), gradient._version
+        return gradient
 
-    def _watch(self, parameter: nn.Parameter) -> None:
-        """Hook it, if it needs a gradient by now."""
-        if parameter.requires_grad and parameter not in self._handles:
-            hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
-            self._handles[parameter] = hook
 
-    def partly_frozen(self) -> Iterable[tuple[nn.Parameter, Tensor]]:
-        """(parameter, indices of its frozen rows), for those with rows of both kinds."""
-        return self._rows.items()
+def select(module: nn.Module, work: Work | None) -> None:
+    """Let the backward of `module`, a supported layer, do `work`; None: all of it, as ever."""
+    plain = plain_type(module)
+    if work is None:
+        module.__class__ = plain
+        module.__dict__.pop("work", None)
+    else:
+        module.__class__ = _SELECTIVE[plain]
+        module.__dict__["work"] = work
 
-    def apply(self) -> None:
-        """Clear what the hooks could not see: gradients that were there before, or assigned."""
-        for parameter in (*self._whole, *self._rows):
-            self._clear(parameter)
 
-    def _hook(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
-        self._clear(parameter)
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The module's own type, whatever is selected."""
+    return getattr(type(module), "plain", type(module))
 
-    def _clear(self, parameter: nn.Parameter) -> None:
-        if parameter in self._whole:
-            parameter.grad = None
-        elif parameter in self._rows and parameter.grad is not None:
-            with torch.no_grad():
-                parameter.grad.index_fill_(0, self._rows[parameter], 0)
 
-    def remove(self) -> None:
-        """Back to plain gradients."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        self._rows.clear()
-        self._whole.clear()
+def geometry(module: nn.Module) -> Geometry | None:
+    """Of a convolution; None for another layer.
+
+    Padding that the kernels don't do is left out, and one dimension is made two, as aten does: its
+    output is then no view, which could not be changed in place.
+    """
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None
+    shape, sides = tuple(module.weight.shape), module._reversed_padding_repeated_twice
+    padding = (0,) * len(module.stride) if _pads(module) else tuple(sides[::-2])
+    stride, dilation = module.stride, module.dilation
+    if len(stride) == 1:
+        shape, stride = (*shape[:2], 1, shape[2]), (1, *stride)
+        padding, dilation = (0, *padding), (1, *dilation)
+    return Geometry(shape, stride, padding, dilation, module.groups)
+
+
+def _pads(module: Any) -> bool:
+    """Whether the input has to be padded beforehand: unevenly, or not with zeros."""
+    sides = module._reversed_padding_repeated_twice
+    uneven = sides[::2] != sides[1::2]
+    return any(sides) and (uneven or module.padding_mode != "zeros")
+
+
+def _pad(inputs: Tensor, module: Any) -> Tensor:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+
+
+def _bare(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+class _Selective(nn.Module):
+    plain: ClassVar[type[nn.Module]]
+    work: Work
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """Copies and pickles are plain layers: what is frozen here is not frozen there."""
+        state = {name: value for name, value in self.__dict__.items() if name != "work"}
+        return _bare, (self.plain,), state
+
+    def _reached(self, inputs: Tensor) -> Tensor:
+        """The input, cut off from its graph where nothing flows back."""
+        return inputs.detach() if self.work.cut and self.work.rows is None else inputs
+
+
+def selecting() -> bool:
+    """Whether a backward may follow that these layers know how to shorten."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.is_grad_enabled()
+
+
+class _Convolution(_Selective):
+    def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        if not selecting():
+            return super()._conv_forward(inputs, weight, bias)  # type: ignore[misc]
+        if self.work.rows is None:
+            weight, bias = _detached(weight), _detached(bias)
+        inputs = self._reached(inputs)
+        if inputs.dim() < weight.dim():
+            return self._conv_forward(inputs[None], weight, bias)[0]
+        if _pads(self):
+            inputs = _pad(inputs, self)
+        inputs, weight, bias = _cast(inputs, weight, bias)
+        if inputs.dim() == 3:
+            lifted = inputs.unsqueeze(2), weight.unsqueeze(2), bias
+            return _convolution(*lifted, self.work).squeeze(2)
+        return _convolution(inputs, weight, bias, self.work)
+
+
+class _Linear(_Selective):
+    def forward(self, input: Tensor) -> Any:
+        if not selecting():
+            return super().forward(input)
+        input = self._reached(input)
+        if self.work.rows is None:
+            return functional.linear(input, _detached(self.weight), _detached(self.bias))
+        x, weight, bias = _cast(input, self.weight, self.bias)
+        output = _linear(x.reshape(-1, x.shape[-1]), weight, bias, self.work)
+        return output.view(*input.shape[:-1], -1)
+
+
+class _Norm(_Selective):
+    """Sums over all channels are part of the dense kernel: fewer rows were seen to cost more."""
+
+    def forward(self, input: Tensor) -> Any:
+        if not selecting():
+            return super().forward(input)
+        if self.work.rows is None:
+            with self._frozen():
+                return super().forward(self._reached(input))
+        with saved_tensors_hooks(self._pack, _unpack):
+            return super().forward(input)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        kept = self._parameters
+        self.__dict__["_parameters"] = {name: _detached(p) for name, p in kept.items()}
+        try:
+            yield
+        finally:
+            self.__dict__["_parameters"] = kept
+
+    def _pack(self, saved: Tensor) -> tuple[Tensor, int]:
+        """The backward multiplies by the weight it finds: zero for what passes nothing on."""
+        weight, rows = self.weight, self.work.rows
+        assert isinstance(weight, Tensor)
+        assert rows is not None
+        if saved.data_ptr() == weight.data_ptr():
+            saved = weight.detach().index_fill(0, rows.fillers, 0)
+        return saved, saved._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    saved, version = packed
+    if saved._version != version:
+        raise RuntimeError("the input of a normalisation layer was changed in place before its use")
+    return saved
+
+
+def _detached(parameter: Any) -> Any:
+    return None if parameter is None else parameter.detach()
+
+
+def _cast(*tensors: Any) -> list[Any]:
+    """As autocast would, which does not reach what a function saves and returns."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _needed(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether this backward is asked for the gradients of input, weight and bias.
+
+    needs_input_grad stays true for what `autograd.grad` does not ask for.
+    """
+    nodes = [node for node, _ in ctx.next_functions] + [None]  # there is none for no bias
+    inputs, weight, bias = (_executes(node) for node in nodes[:3])
+    return inputs, weight, bias
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that `autograd.grad` asks for
+        return True
+
+
+class _ConvolutionFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
+        _, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight)
+        assert work.shape is not None
+        ctx.work, ctx.like = work, (x.shape, x.stride())
+        return work.shape.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        if x is None:
+            x = gradient.new_empty_strided(*ctx.like)  # never read
+        rows, shape = ctx.work.rows, ctx.work.shape
+        needs_input, needs_weight, needs_bias = _needed(ctx)
+        by_input = by_weight = by_bias = None
+        if needs_input and not ctx.work.cut:
+            by_input = shape.input_gradient(gradient, x, weight)
+        if rows is None:
+            return by_input, None, None, None
+        chosen = rows.gather(gradient)
+        if needs_input and ctx.work.cut:
+            by_input = _through_rows(chosen, x, weight, shape, rows)
+        if needs_weight:
+            computed = KERNELS[ctx.work.kernel](chosen, x, shape, rows)
+            by_weight = ctx.work.scatter(computed, weight)
+        if needs_bias:
+            summed = chosen.sum([0, *range(2, chosen.dim())])
+            by_bias = rows.scatter(summed, weight.new_empty(len(weight)))
+        return by_input, by_weight, by_bias, None
+
+
+def _through_rows(chosen: Tensor, x: Tensor, weight: Tensor, shape: Geometry, rows: Rows) -> Tensor:
+    """The input gradient from the `chosen` gradient channels, as far as they train."""
+    part = replace(shape, groups=rows.groups)
+    like = x if rows.inputs is None else channels(x, rows.inputs)
+    gradient = part.input_gradient(chosen, like, rows.weights(weight))
+    if rows.inputs is None:
+        return gradient
+    return torch.zeros_like(x).index_copy(1, rows.inputs, gradient)
+
+
+class _LinearFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
+        _, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight)
+        ctx.work = work
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        rows = ctx.work.rows
+        needs_input, needs_weight, needs_bias = _needed(ctx)
+        chosen = rows.gather(gradient)
+        by_input = by_weight = by_bias = None
+        if needs_input and not ctx.work.cut:
+            by_input = gradient @ weight
+        elif needs_input:
+            by_input = chosen @ rows.weights(weight)
+        if needs_weight:
+            by_weight = ctx.work.scatter(chosen.t() @ x, weight)
+        if needs_bias:
+            by_bias = rows.scatter(chosen.sum(0), weight.new_empty(len(weight)))
+        return by_input, by_weight, by_bias, None
+
+
+_convolution: Any = _ConvolutionFunction.apply
+_linear: Any = _LinearFunction.apply
+
+_BASES: dict[type[nn.Module], type[_Selective]] = {
+    nn.Conv1d: _Convolution,
+    nn.Conv2d: _Convolution,
+    nn.Conv3d: _Convolution,
+    nn.Linear: _Linear,
+    nn.BatchNorm1d: _Norm,
+    nn.BatchNorm2d: _Norm,
+    nn.BatchNorm3d: _Norm,
+    nn.SyncBatchNorm: _Norm,
+    nn.GroupNorm: _Norm,
+    nn.LayerNorm: _Norm,
+}
+_SELECTIVE: dict[type[nn.Module], type[_Selective]] = {
+    plain: type(plain.__name__, (base, plain), {"plain": plain}) for plain, base in _BASES.items()
+}

@@ -1,7 +1,11 @@
+import sys
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.cli import main
 from harness.vision import torchvision
 
 
@@ -60,3 +64,24 @@ def random_batches(count=3, size=8, classes=4, shape=(3, 6, 6), seed=0):
         )
         for _ in range(count)
     ]
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def neqbench(monkeypatch, capsys):
+    """The command line, called in this process: as the script does, but without its start."""
+
+    def call(*arguments, columns=80):
+        monkeypatch.setattr(sys, "argv", ["neqbench", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Result(stopped.value.code, *capsys.readouterr())
+
+    return call

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import neq
 from neq.equilibrium import phi, snapshot
+from neq.selective import plain_type
 
 # Which axis of its output holds a layer's neurons, by PyTorch's documentation.
 AXES = {
@@ -38,8 +39,8 @@ def outputs_of(model, batches):
         return hook
 
     for name, module in model.named_modules():
-        if type(module) in AXES:
-            module.register_forward_hook(keep(name, AXES[type(module)]))
+        if plain_type(module) in AXES:
+            module.register_forward_hook(keep(name, AXES[plain_type(module)]))
     with torch.no_grad():
         for inputs, *_ in batches:
             model(inputs)

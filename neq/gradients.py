@@ -1,0 +1,199 @@
+"""Gradients for the rows that train, and for no others: plans each layer's backward for a mask."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from neq.kernels import MULTIPLES, choose, everything
+from neq.neurons import Layer, NeuronIndex
+from neq.selective import Work, geometry, select, selecting
+from neq.timings import Timings
+
+Gradient = Literal["exact", "cut"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How one layer's backward is computed: `kernel` is "dense", "skip" or a name of
+    neq.kernels, `rows` how many rows of its weight gradient that computes; with `cut` the input
+    gradient comes from the same rows alone.
+    """
+
+    kernel: str
+    rows: int
+    cut: bool
+
+
+class SelectiveGradients:
+    """Makes the backward of a model's layers skip frozen rows, and clears what they got elsewhere.
+
+    Right after the backward the rows of frozen neurons are zero, and a parameter whose every row
+    is frozen has no gradient at all. `plan`: what is computed in each layer.
+    """
+
+    def __init__(self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient) -> None:
+        self._model, self._layers = model, neurons.layers
+        self._cut = gradient == "cut"
+        self._rows: dict[Tensor, Tensor] = {}
+        self._whole: dict[Tensor, None] = {}
+        self._works: dict[Tensor, Work] = {}
+        self._cleared: dict[Tensor, tuple[int, int]] = {}  # state of its gradient then
+        self._handles: dict[nn.Parameter, RemovableHandle] = {}
+        self._tie: RemovableHandle | None = None
+        self.plan: dict[str, LayerPlan] = {}
+
+    def select(self, frozen: Tensor, timings: Timings) -> None:
+        """Frozen from now on: bool [neurons of the whole index]."""
+        self._rows.clear()
+        self._whole.clear()
+        self._cleared.clear()
+        self._works.clear()
+        for layer in self._layers:
+            mask = frozen[layer.neurons]
+            rows = mask.nonzero().squeeze(1)
+            for parameter in layer.parameters:
+                self._watch(parameter)
+                if len(rows) == layer.size:
+                    self._whole[parameter] = None
+                elif len(rows):
+                    self._rows[parameter] = rows.to(parameter.device)
+            work = _work(layer, mask, self._cut, timings)
+            select(layer.module, work)
+            if work is not None and work.rows is not None:
+                self._works[layer.parameters[0]] = work
+            self.plan[layer.name] = _plan(layer, work, self._cut)
+        self._tie_whole()
+
+    def _tie_whole(self) -> None:
+        if self._tie is not None:
+            self._tie.remove()
+        whole = [p for p in self._whole if p.requires_grad]
+        self._tie = self._model.register_forward_hook(_Tie(whole)) if whole else None
+
+    def _watch(self, parameter: nn.Parameter) -> None:
+        """Hook it, if it needs a gradient by now."""
+        if parameter.requires_grad and parameter not in self._handles:
+            hook = parameter.register_post_accumulate_grad_hook(self._clear)  # type: ignore[no-untyped-call]
+            self._handles[parameter] = hook
+
+    def partly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """(parameter, indices of its frozen rows), for those with rows of both kinds."""
+        return self._rows.items()
+
+    def apply(self) -> None:
+        """Clear what the hooks could not see: gradients that were there before, or assigned."""
+        for parameter in (*self._whole, *self._rows):
+            self._clear(parameter)
+
+    def _clear(self, parameter: Tensor) -> None:
+        gradient, rows = parameter.grad, self._rows.get(parameter)
+        if gradient is None:
+            return
+        if rows is None:
+            if parameter in self._whole:
+                parameter.grad = None
+            return
+        state, work = (gradient.data_ptr(), gradient._version), self._works.get(parameter)
+        if state == self._cleared.get(parameter) or (work is not None and state == work.returned):
+            return
+        gradient.detach().index_fill_(0, rows, 0)
+        self._cleared[parameter] = state[0], gradient._version
+
+    def remove(self) -> None:
+        """Back to plain layers and gradients."""
+        for layer in self._layers:
+            select(layer.module, None)
+        self._rows.clear()
+        self._whole.clear()
+        self._tie_whole()
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+
+def _work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> Work | None:
+    if not bool(frozen.any()):
+        return None
+    frozen, shape = frozen.to(layer.parameters[0].device), geometry(layer.module)
+    if bool(frozen.all()):
+        return Work("skip", None, cut, shape)
+    linear = isinstance(layer.module, nn.Linear)
+    if shape is None and not linear:
+        return Work("dense", everything(frozen), cut, None) if cut else None
+    groups, inputs = (1, 1) if shape is None else (shape.groups, shape.groups * shape.weight[1])
+    rows = choose(frozen, groups, inputs)
+    kernel = timings.kernel(layer.name, len(rows.index), layer.size)
+    if kernel == "dense" and not cut:
+        return None
+    if kernel == "dense" and timings.cut_pays(layer.name, len(rows.index), layer.size):
+        kernel = "gather"
+    if kernel == "dense":
+        rows = everything(frozen, groups)
+    elif kernel in MULTIPLES:
+        rows = choose(frozen, groups, inputs, MULTIPLES[kernel])
+    return Work(kernel, rows, cut, shape)
+
+
+def _plan(layer: Layer, work: Work | None, cut: bool) -> LayerPlan:
+    if work is None:
+        return LayerPlan("dense", layer.size, cut)
+    return LayerPlan(work.kernel, 0 if work.rows is None else len(work.rows.index), cut)
+
+
+def plan(
+    neurons: NeuronIndex,
+    frozen: Tensor,
+    gradient: Gradient = "exact",
+    timings: Timings | None = None,
+) -> dict[str, LayerPlan]:
+    """What a NeuronFreezer would do, by layer name, with bool `frozen` [neurons]."""
+    timings, cut = timings or Timings(), gradient == "cut"
+    return {
+        layer.name: _plan(layer, _work(layer, frozen[layer.neurons], cut, timings), cut)
+        for layer in neurons.layers
+    }
+
+
+class _Tie:
+    """Ties parameters that the graph does not reach to a model's output, without a gradient.
+
+    DistributedDataParallel waits for each parameter's hook, and `backward` needs a graph even
+    where everything is frozen.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if not selecting():
+            return output
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if parallel or not any(t.requires_grad for t in tensors):
+            return tree_map(self._tied, output)
+        return output
+
+    def _tied(self, output: Any) -> Any:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            return _tie(output, *self.parameters)
+        return output
+
+
+class _TieFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return output.clone()  # a view of a function's output can't be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], *[None] * ctx.parameters
+
+
+_tie: Any = _TieFunction.apply

@@ -1,0 +1,212 @@
+"""Gradients of convolutions for some of their rows, from aten's own kernels.
+
+A kernel takes gathered gradient channels and returns the rows of the weight gradient that belong to
+them. All cost the same FLOPs; which one is fast depends on shape, rows, precision and machine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of a layer that its backward computes; all tensors int64.
+
+    `index` [computed]: sorted, as many of each group that takes part. `others`: the remaining rows.
+    `fillers`: computed ones that do not train. `inputs`: input channels that the `groups` read
+    which take part, None for all.
+    """
+
+    index: Tensor
+    others: Tensor
+    fillers: Tensor
+    inputs: Tensor | None
+    groups: int
+
+    def gather(self, gradient: Tensor) -> Tensor:
+        """The computed channels of `gradient` (axis 1)."""
+        return channels(gradient, self.index) if len(self.others) else gradient
+
+    def scatter(self, computed: Tensor, like: Tensor) -> Tensor:
+        """The rows [computed, …] in their places, zeros elsewhere, in the layout of `like`."""
+        full = computed.new_empty_strided(like.shape, like.stride())
+        full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
+        return full.index_fill_(0, self.fillers, 0) if len(self.fillers) else full
+
+    def weights(self, weight: Tensor) -> Tensor:
+        """The rows of `weight` [computed, …], zeros for those that do not train."""
+        masked = weight.index_fill(0, self.fillers, 0) if len(self.fillers) else weight
+        return masked.index_select(0, self.index) if len(self.others) else masked
+
+
+def choose(frozen: Tensor, groups: int = 1, inputs: int = 1, multiple: int = 1) -> Rows:
+    """The rows to compute for bool `frozen` [neurons], at least one of which trains.
+
+    Groups without a trainable row are left out, the others get equal counts, rounded up to a
+    `multiple` where there are as many rows. `inputs`: channels of the layer's input.
+    """
+    device, frozen = frozen.device, frozen.cpu()
+    per_group = frozen.view(groups, -1)
+    size = per_group.shape[1]
+    taking_part = (~per_group).any(1).nonzero()
+    most = int((~per_group).sum(1).max())
+    count = min(-(-most // multiple) * multiple, size)
+    # Trainable rows first, then frozen ones to fill up.
+    places = per_group[taking_part[:, 0]].byte().argsort(dim=1, stable=True)[:, :count]
+    index = (places.sort(1).values + taking_part * size).flatten()
+    width = inputs // groups
+    read = None
+    if len(taking_part) < groups:
+        read = (taking_part * width + torch.arange(width)).flatten()
+    return _rows(frozen, index, read, len(taking_part), device)
+
+
+def everything(frozen: Tensor, groups: int = 1) -> Rows:
+    """All rows, whichever train."""
+    return _rows(frozen.cpu(), torch.arange(len(frozen)), None, groups, frozen.device)
+
+
+def _rows(
+    frozen: Tensor, index: Tensor, inputs: Tensor | None, groups: int, device: torch.device
+) -> Rows:
+    others = torch.ones_like(frozen).index_fill(0, index, False).nonzero()[:, 0]
+    fillers = index[frozen[index]]
+    index, others, fillers = (t.to(device) for t in (index, others, fillers))
+    return Rows(index, others, fillers, None if inputs is None else inputs.to(device), groups)
+
+
+def channels(tensor: Tensor, index: Tensor) -> Tensor:
+    """`tensor[:, index]` in the memory format of `tensor`.
+
+    index_select along an axis that is not the first was seen to be up to ten times slower.
+    """
+    last = tensor.movedim(1, -1)
+    if tensor.is_contiguous() and tensor.dim() > 2:
+        samples, size, *positions = tensor.shape
+        offsets = torch.arange(0, samples * size, size, device=index.device)
+        flat = (offsets.unsqueeze(1) + index).flatten()
+        picked = tensor.reshape(samples * size, -1).index_select(0, flat)
+        return picked.view(samples, -1, *positions)
+    if last.is_contiguous():
+        table = last.reshape(-1, last.shape[-1])
+        picked = table.gather(1, index.expand(table.shape[0], -1))
+        return picked.view(*last.shape[:-1], -1).movedim(-1, 1)
+    return tensor.index_select(1, index)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A convolution: shape of its weight, and arguments of aten::convolution."""
+
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        zeros = (0,) * len(self.stride)
+        arguments = self.stride, self.padding, self.dilation, False, zeros, self.groups
+        return torch.convolution(inputs, weight, bias, *arguments)
+
+    def input_gradient(self, gradient: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Exact and dense; of `inputs` only shape and layout matter."""
+        return self._backward(gradient, inputs, weight, 0)
+
+    def weight_gradient(self, gradient: Tensor, inputs: Tensor) -> Tensor:
+        """Of as many rows as `gradient` has channels."""
+        weight = gradient.new_empty(gradient.shape[1], *self.weight[1:])
+        return self._backward(gradient, inputs, weight, 1)
+
+    def _backward(self, gradient: Tensor, inputs: Tensor, weight: Tensor, which: int) -> Tensor:
+        zeros, mask = (0,) * len(self.stride), [which == 0, which == 1, False]
+        arguments = self.stride, self.padding, self.dilation, False, zeros, self.groups, mask
+        found: Any = torch.ops.aten.convolution_backward(gradient, inputs, weight, None, *arguments)
+        return found[which]  # type: ignore[no-any-return]
+
+    @property
+    def swaps(self) -> bool:
+        """Whether input and gradient may change places: their positions are the same."""
+        sides = zip(self.padding, self.dilation, self.weight[2:], strict=True)
+        same = all(2 * p == d * (k - 1) for p, d, k in sides)
+        return same and self.groups == 1 and set(self.stride) == {1}
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a matrix product per sample does it."""
+        single = set(self.weight[2:]) == {1} and not any(self.padding)
+        return single and self.groups == 1
+
+
+Kernel = Callable[[Tensor, Tensor, Geometry, Rows], Tensor]
+
+
+def gather(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Tensor:
+    """Weight gradient [computed, …] by the dense kernel on fewer channels."""
+    if rows.inputs is not None:
+        inputs = channels(inputs, rows.inputs)
+    return replace(geometry, groups=rows.groups).weight_gradient(chosen, inputs)
+
+
+def swap(
+    chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows, *, chunk: int | None = None
+) -> Tensor:
+    """The same where `geometry.swaps`: the convolution whose input is the gradient.
+
+    Its kernel positions come out reversed. oneDNN has a fast case for up to three channels.
+    """
+    kernel = geometry.weight[2:]
+    parts = [
+        replace(geometry, weight=(inputs.shape[1], part.shape[1], *kernel)).weight_gradient(
+            inputs, part
+        )
+        for part in torch.split(chosen, chunk or chosen.shape[1], dim=1)
+    ]
+    gradient = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return gradient.transpose(0, 1).flip(list(range(2, gradient.dim())))
+
+
+def swap_last(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Tensor:
+    """`swap` with the channels last: copying them there was seen to pay for 4 to 16 of them."""
+    layout = torch.channels_last
+    chosen, inputs = (t.contiguous(memory_format=layout) for t in (chosen, inputs))
+    return swap(chosen, inputs, geometry, rows)
+
+
+def matmul(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Tensor:
+    """The same where `geometry.multiplies`."""
+    everywhere: tuple[Any, ...] = (slice(None), slice(None))
+    strided = inputs[everywhere + tuple(slice(None, None, s) for s in geometry.stride)]
+    products = torch.bmm(chosen.flatten(2), strided.flatten(2).transpose(1, 2))
+    return products.sum(0).view(-1, *geometry.weight[1:])
+
+
+KERNELS: dict[str, Kernel] = {
+    "dense": gather,
+    "gather": gather,
+    "gather/8": gather,
+    "swap": swap,
+    "swap/3": partial(swap, chunk=3),
+    "swap/last": swap_last,
+    "matmul": matmul,
+}
+MULTIPLES = {"gather/8": 8}
+MOST = {"swap/3": 6, "swap/last": 16}
+
+
+def candidates(geometry: Geometry | None, inputs: Tensor, dtype: torch.dtype) -> list[str]:
+    """Kernels worth a trial on `inputs` in that precision; a geometry of None: a linear layer."""
+    half, cuda = dtype in (torch.float16, torch.bfloat16), inputs.is_cuda
+    plain = inputs.is_contiguous()
+    names = ["gather"] + ["gather/8"] * (half and cuda)
+    if geometry is not None and geometry.swaps and not cuda:
+        names += ["swap", "swap/3"] + ["swap/last"] * (len(geometry.stride) == 2 and plain)
+    if geometry is not None and geometry.multiplies and not half:  # sums over samples: rounds
+        names += ["matmul"]
+    return names

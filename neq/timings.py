@@ -1,0 +1,191 @@
+"""Which kernel computes the weight gradient of a layer's rows: measured once, then looked up.
+
+Few frozen rows, small channels, odd counts: fewer rows are not always faster, and kernels round
+differently. A table that is kept makes the choice fast and repeatable.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import ceil, inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neq.kernels import MOST, MULTIPLES, candidates, choose
+from neq.neurons import Layer, NeuronIndex
+from neq.selective import Work, geometry, select
+
+GAIN = 0.96  # a kernel is taken where its time is below this share of the dense backward's
+SECONDS = 0.1  # per shape, but at least two rounds
+
+CUT = "cut"  # gathered rows, with the input gradient through them alone
+
+Table = Mapping[str, Mapping[str, Mapping[int, float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of forward and backward by layer, kernel and computed rows; "dense" has all rows.
+
+    For a layer that is not in `layers` gathered rows are taken up to half of them.
+    """
+
+    layers: Table = field(default_factory=dict)
+
+    def kernel(self, layer: str, rows: int, size: int) -> str:
+        """The kernel for `rows` of `size` rows of `layer`, "dense" where none is faster.
+
+        Times are only known for some counts; the next larger one is an upper bound.
+        """
+        known = self.layers.get(layer)
+        if known is None:
+            return "gather" if 2 * rows <= size else "dense"
+        best, fastest = "dense", GAIN * known["dense"][size]
+        for kernel in sorted(known.keys() - {"dense", CUT}):
+            bound = _bound(known[kernel], rows)
+            if bound < fastest:
+                best, fastest = kernel, bound
+        return best
+
+    def cut_pays(self, layer: str, rows: int, size: int) -> bool:
+        """Whether the input gradient through `rows` alone is faster than the dense backward."""
+        known = self.layers.get(layer)
+        if known is None:
+            return 2 * rows <= size
+        return _bound(known.get(CUT, {}), rows) < known["dense"][size]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {
+            layer: {kernel: sorted(times.items()) for kernel, times in kernels.items()}
+            for layer, kernels in self.layers.items()
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Timings":
+        """From `to_json`."""
+        return cls(
+            {
+                layer: {
+                    kernel: {int(rows): float(seconds) for rows, seconds in times}
+                    for kernel, times in kernels.items()
+                }
+                for layer, kernels in value.items()
+            }
+        )
+
+
+def _bound(times: Mapping[int, float], rows: int) -> float:
+    """Seconds for the next larger count that was timed."""
+    known = [count for count in times if count >= rows]
+    return times[min(known)] if known else inf
+
+
+def measure(model: nn.Module, inputs: Tensor) -> Timings:
+    """Time the kernels of each convolution and linear layer of `model` on a training batch.
+
+    `inputs` [samples, …]: on the model's device, in the memory format of training; call it under
+    the autocast of training. Model and random streams are left as they were.
+    """
+    devices = [inputs.device] if inputs.is_cuda else []
+    found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    layers = {}
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        for layer, sample in _calls(copy.deepcopy(model).train(), inputs):
+            key = (repr(layer.module), sample)
+            if key not in found:
+                found[key] = _time(layer, sample)
+            layers[layer.name] = found[key]
+    return Timings(layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """An input to make up: like one that a layer was called with."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def make(self) -> Tensor:
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return x.normal_().requires_grad_(self.requires_grad)
+
+
+def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
+    """Convolutions and linear layers as they are called first, with an input as in the last."""
+    calls: dict[str, tuple[Layer, _Sample]] = {}
+
+    def recorder(layer: Layer) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["input"]
+            sample = _Sample(x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            calls[layer.name] = layer, sample
+
+        return hook
+
+    for layer in NeuronIndex(model).layers:
+        if geometry(layer.module) or isinstance(layer.module, nn.Linear):
+            layer.module.register_forward_pre_hook(recorder(layer), with_kwargs=True)
+    model(inputs)
+    for layer, _ in calls.values():
+        layer.module._forward_pre_hooks.clear()
+    return list(calls.values())
+
+
+def _time(layer: Layer, sample: _Sample) -> dict[str, dict[int, float]]:
+    """Best seconds of one forward and backward, by kernel and rows; one round warms up."""
+    x = sample.make()
+    with torch.no_grad():
+        gradient = torch.randn_like(layer.module(x))
+    runs = _runs(layer, x, gradient.dtype)
+    best: dict[str, dict[int, float]] = {}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 3 or (rounds < 20 and time.perf_counter() - start < SECONDS):
+        for kernel, rows, work in runs:
+            select(layer.module, work)
+            seconds = _once(layer.module, x, gradient)
+            times = best.setdefault(kernel, {})
+            times[rows] = min(seconds, times.get(rows, inf)) if rounds else inf
+        rounds += 1
+    return best
+
+
+def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[tuple[str, int, Work | None]]:
+    shape = geometry(layer.module)
+    groups, inputs = (1, 1) if shape is None else (shape.groups, x.shape[1])
+    runs: list[tuple[str, int, Work | None]] = [("dense", layer.size, None)]
+    for count in sorted({3, *(ceil(layer.size * k / 8) for k in range(1, 8))}):
+        if count >= layer.size:
+            continue
+        frozen = torch.ones(layer.size, dtype=torch.bool, device=x.device)
+        frozen[torch.randperm(layer.size)[:count]] = False
+        for kernel in candidates(shape, x, dtype):
+            rows = choose(frozen, groups, inputs, MULTIPLES.get(kernel, 1))
+            computed = len(rows.index)
+            if computed < layer.size and computed <= MOST.get(kernel, layer.size):
+                runs.append((kernel, computed, Work(kernel, rows, False, shape)))
+            if kernel == "gather":
+                runs.append((CUT, computed, Work(kernel, rows, True, shape)))
+    return runs
+
+
+def _once(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
+    _wait(x)
+    start = time.perf_counter()
+    module(x).backward(gradient)
+    _wait(x)
+    seconds = time.perf_counter() - start
+    for tensor in (x, *module.parameters()):
+        tensor.grad = None
+    return seconds
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

@@ -1,0 +1,76 @@
+"""DistributedDataParallel on two gloo workers against one process with both halves of the batch."""
+
+import copy
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import neq
+
+SHARES = (0.0, 0.6, 0.6, 1.0, 0.3)  # frozen in each of the steps; one layer is frozen whole
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(True),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(128, 6),
+        nn.LayerNorm(6),
+        nn.Linear(6, 4),
+    )
+
+
+def train(model, batches):
+    """Parameters after a step with each share frozen, and the FLOPs of each backward."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    freezer = neq.NeuronFreezer(model, optimizer, neq.Everyone())
+    flops = []
+    for step, (share, inputs) in enumerate(zip(SHARES, batches, strict=True)):
+        generator = torch.Generator().manual_seed(step)
+        mask = torch.rand(len(freezer.neurons), generator=generator) < share
+        if 0 < share < 0.5:
+            mask[freezer.neurons["0"]] = True  # at the entrance
+        elif share:
+            mask[freezer.neurons["3"]] = True
+        freezer.freeze(mask)
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()], flops
+
+
+def batches():
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(4, 3, 6, 6, generator=generator) for _ in SHARES]
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = DistributedDataParallel(build())
+    halves = [batch[2 * rank : 2 * rank + 2] for batch in batches()]
+    torch.save(train(model, halves), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_ranks_stay_equal_and_equal_to_one_process(tmp_path):
+    multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    (one, flops), (two, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone, whole = train(copy.deepcopy(build()), batches())
+    for first, second, single in zip(one, two, alone, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, single, rtol=1e-4, atol=1e-5)
+    assert [2 * count for count in flops] == whole
+    assert whole[3] == 0 < whole[4] < whole[0]
