@@ -23,6 +23,12 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change the suite: recipe.epochs=5."),
 ]
+AnySuite = Annotated[str | None, typer.Argument(help="A suite; or give --model.")]
+Model = Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any model.")]
+Input = Annotated[
+    str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
+]
+Seed = Annotated[int, typer.Option(help="Of the draw of frozen neurons.")]
 Methods = Annotated[str | None, typer.Option(help="Which methods: baseline,neq.")]
 Seeds = Annotated[str | None, typer.Option(help="Which seeds: 0-4 or 0,2.")]
 Results = Annotated[str, typer.Option(metavar="ROOT", help="Where results lie.")]
@@ -165,24 +171,65 @@ def report(
 
 @app.command()
 def flops(
-    suite: Annotated[str | None, typer.Argument(help="A suite; or give --model.")] = None,
+    suite: AnySuite = None,
     settings: Settings = None,
-    model: Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any model.")] = None,
-    input: Annotated[
-        str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
-    ] = None,
+    model: Model = None,
+    input: Input = None,
     frozen: Annotated[float, typer.Option(help="Share of the freezable neurons.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draw of frozen neurons.")] = 0,
+    seed: Seed = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hold it against PyTorch's counter in a real backward.")
+    ] = False,
     format: Format = "rich",
 ) -> None:
     """Count a model's forward and backward FLOPs per sample."""
-    from harness.count import count, show
+    from harness.count import count, show, subject
 
-    counted = count(suite, settings or (), model, input, frozen, seed)
+    counted = count(subject(suite, settings or (), model, input), frozen, seed, verify)
     if format == "json":
         _json(counted.json())
     else:
         show(counted, _console())
+    if not counted.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def speed(
+    suite: AnySuite = None,
+    settings: Settings = None,
+    model: Model = None,
+    input: Input = None,
+    batch: Annotated[int | None, typer.Option(help="Samples, for --model (32).")] = None,
+    precision: Annotated[
+        Literal["float32", "bf16", "fp16"] | None, typer.Option(help="For --model (float32).")
+    ] = None,
+    frozen: Annotated[
+        str, typer.Option(help="Shares of the freezable neurons.")
+    ] = "0,0.25,0.5,0.75,0.9,1",
+    seed: Seed = 0,
+    format: Format = "rich",
+) -> None:
+    """Time steps with frozen neurons against dense ones, on this machine."""
+    from harness.count import subject
+    from harness.speed import shares, show
+    from harness.speed import speed as measure
+
+    wanted = shares(frozen)
+    with _status() as status:
+        found = subject(suite, settings or (), model, input)
+        timed = measure(found, batch, wanted, seed, precision, status.update)
+    if format == "json":
+        _json(timed.json())
+    else:
+        show(timed, _console())
+
+
+def _status() -> Any:
+    """A line on the error stream, where that is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status("reading the model")
 
 
 def _console() -> Any:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from harness.methods import MethodSpec, with_kinds
 
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
-NUMERICS = 1
+NUMERICS = 2
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 Size = Annotated[int, Field(ge=0, strict=True)]
@@ -145,13 +145,13 @@ class TrialSpec(Strict):
     def group(self) -> str:
         """Hash of all but method and seed: what may stand in one table."""
         seen = {"code": self.code, "data_fingerprint": self.fingerprint}
-        return _digest(self.suite.experiment() | seen)
+        return digest(self.suite.experiment() | seen)
 
     @property
     def key(self) -> str:
         """Hash of what defines the trial: the name under which its results are kept."""
         method = self.spec.model_dump(mode="json")
-        return _digest(
+        return digest(
             {"group": self.group, "name": self.method, "method": method, "seed": self.seed}
         )
 
@@ -161,7 +161,8 @@ class TrialSpec(Strict):
         return self.suite.methods[self.method]
 
 
-def _digest(value: dict[str, Any]) -> str:
+def digest(value: dict[str, Any]) -> str:
+    """Hash of plain values, in whatever order they stand."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,21 +2,24 @@
 
 FLOPs = 2 × multiply-accumulates. `dense`: weight and input gradients of convolution, linear, matmul
 and attention. `paper`: the published convention (NEq, section 4): 2 × forward operations × the
-share that trains, summed over layers. `required`: the least that an exact backward can do.
+share that trains, summed over layers. `required`: the least that the backward can do. `executed`:
+what its kernels really do.
 """
 
 import copy
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.graph import Call, Graph, trace
-from neq import Layer, NeuronIndex
+import neq
+from harness.graph import Call, Graph, Product, trace
+from neq import Layer, LayerPlan, NeuronIndex
 
 BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
 UNCOUNTED = {"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::bilinear"}
@@ -26,26 +29,24 @@ PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backward:
-    """FLOPs of one backward; `executed` is None until something executes selectively."""
+    """FLOPs of one backward; required ≤ executed ≤ dense."""
 
     dense: int
     paper: int
     required: int
-    executed: int | None = None
+    executed: int
 
     def __add__(self, other: "Backward") -> "Backward":
         return Backward(
             dense=self.dense + other.dense,
             paper=self.paper + other.paper,
             required=self.required + other.required,
+            executed=self.executed + other.executed,
         )
 
     def times(self, samples: int) -> "Backward":
         """For `samples` samples, from counts that are for a batch of `BATCH`."""
-        dense, paper, required = (
-            value * samples // BATCH for value in (self.dense, self.paper, self.required)
-        )
-        return Backward(dense=dense, paper=paper, required=required)
+        return Backward(**{name: n * samples // BATCH for name, n in asdict(self).items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +62,47 @@ class _LayerCost:
     bits: int
     learns: bool
 
-    def backward(self, trainable: int, live: int) -> Backward:
-        """`trainable` of its neurons train; bit i of `live`: parameter i has a trainable row."""
-        rows = trainable if self.learns else 0
+    def dense(self) -> int:
+        """Both gradients, wherever a parameter lies upstream."""
+        return sum(
+            share * (self.learns + bool(call.upstream)) for share, call in self._shares(self.calls)
+        )
+
+    def paper(self, trainable: int) -> int:
+        """By the published rule, with `trainable` of its neurons."""
+        return 2 * self.operations * trainable // self.layer.size
+
+    def computed(self, rows: int, calls: Iterable[Call], live: int, through: int) -> int:
+        """With `rows` of the weight gradient and an input gradient through `through` of the rows,
+        where a parameter that trains lies upstream: bit i of `live` for parameter i.
+        """
+        return sum(
+            share * (rows * self.learns + through * bool(call.upstream & live)) // self.layer.size
+            for share, call in self._shares(calls)
+        )
+
+    def _shares(self, calls: Iterable[Call]) -> Iterator[tuple[int, Call]]:
+        """FLOPs of each of the calls that a backward visits."""
         elements = sum(call.elements for call in self.calls)
-        dense = required = 0
-        for call in self.calls if self.flops else ():
-            if not call.reached:
-                continue
-            share = self.flops * call.elements // elements
-            dense += share * (self.learns + bool(call.upstream))
-            required += share * rows // self.layer.size + share * bool(call.upstream & live)
-        paper = 2 * self.operations * trainable // self.layer.size
-        return Backward(dense=dense, paper=paper, required=required)
+        for call in calls if self.flops else ():
+            if call.reached:
+                yield self.flops * call.elements // elements, call
+
+
+Plan = Mapping[str, LayerPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A mask, and what follows from it: the plan, the calls and products that are left, and
+    bit i of `live` where parameter i has a row that trains.
+    """
+
+    frozen: Tensor
+    plan: Plan
+    calls: dict[str, list[Call]]
+    products: list[Product]
+    live: int
 
 
 class Costs:
@@ -95,26 +124,27 @@ class Costs:
     ) -> None:
         self.neurons = neurons
         self._graph = graph
+        self._calls, self._products = graph.calls_and_products()
         self._numbers = numbers
         self._train, self._evaluation = train, evaluation
         self._layers = [
-            self._layer_cost(layer) for layer in neurons.layers if self._calls(layer.name)
+            self._layer_cost(layer) for layer in neurons.layers if self._of_layer(layer.name)
         ]
         self.called = torch.zeros(len(neurons), dtype=torch.bool)
         for cost in self._layers:
             self.called[cost.layer.neurons] = True
-        self.uncalled = [name for name in neurons if not self._calls(name)]
+        self.uncalled = [name for name in neurons if not self._of_layer(name)]
         reasons = dict.fromkeys(self.uncalled, "its forward is not called")
         self.dense_only = neurons.unsupported | reasons
         in_layers = sum(train.by_layer[cost.layer.name]["rule"] for cost in self._layers)
         self._paper_elsewhere = 2 * (train.rule - in_layers)
         self.uncounted = train.uncounted
 
-    def _calls(self, name: str) -> tuple[Call, ...]:
-        return tuple(call for call in self._graph.calls if call.layer == name)
+    def _of_layer(self, name: str) -> tuple[Call, ...]:
+        return tuple(call for call in self._calls if call.layer == name)
 
     def _layer_cost(self, layer: Layer) -> _LayerCost:
-        calls = self._calls(layer.name)
+        calls = self._of_layer(layer.name)
         elements = sum(call.elements for call in calls)
         count = self._train.by_layer[layer.name]
         operations = count["rule"]
@@ -133,7 +163,12 @@ class Costs:
     @property
     def execution_order(self) -> list[str]:
         """Names of the layers that are called, in the order of their first call."""
-        return list(dict.fromkeys(call.layer for call in self._graph.calls))
+        return list(dict.fromkeys(call.layer for call in self._calls))
+
+    @property
+    def entrances(self) -> list[str]:
+        """Names of the layers with no parameter upstream: none needs an input gradient."""
+        return list(dict.fromkeys(call.layer for call in self._calls if not call.upstream))
 
     def forward(self, samples: int = 1) -> int:
         """Of a training forward."""
@@ -143,34 +178,59 @@ class Costs:
         """Of deciding on `samples` validation samples: last epoch's model and this one's."""
         return 2 * 2 * self._evaluation.total * samples // BATCH
 
-    def backward(self, frozen: Tensor, samples: int = 1) -> Backward:
-        """With the neurons of `frozen` (bool [neurons]) standing still."""
-        live = self._live(frozen)
-        total = sum((self._of(cost, frozen, live) for cost in self._layers), self._elsewhere(live))
-        return total.times(samples)
+    def backward(self, frozen: Tensor, samples: int = 1, plan: Plan | None = None) -> Backward:
+        """With the neurons of `frozen` (bool [neurons]) standing still, computed as in `plan`
+        (default: neq's for an exact gradient, with no kernel timed).
+        """
+        state = self._state(frozen, plan)
+        return sum((self._of(cost, state) for cost in self._layers), self._elsewhere(state)).times(
+            samples
+        )
 
-    def layers(self, frozen: Tensor, samples: int) -> dict[str, tuple[int, Backward]]:
+    def layers(
+        self, frozen: Tensor, samples: int, plan: Plan | None = None
+    ) -> dict[str, tuple[int, Backward]]:
         """Forward FLOPs and Backward of each layer that is called, for `samples` samples."""
-        live = self._live(frozen)
+        state = self._state(frozen, plan)
         return {
             cost.layer.name: (
                 cost.flops * samples // BATCH,
-                self._of(cost, frozen, live).times(samples),
+                self._of(cost, state).times(samples),
             )
             for cost in self._layers
         }
 
-    def _of(self, cost: _LayerCost, frozen: Tensor, live: int) -> Backward:
-        part = cost.layer.neurons
-        return cost.backward(cost.layer.size - int(frozen[part].sum()), live)
+    def _state(self, frozen: Tensor, plan: Plan | None) -> "_State":
+        plan = neq.plan(self.neurons, frozen) if plan is None else plan
+        calls, products = self._calls, self._products
+        cut = any(part.cut for part in plan.values())
+        if cut:
+            whole = [cost.layer for cost in self._layers if frozen[cost.layer.neurons].all()]
+            names = frozenset(layer.name for layer in whole)
+            calls, products = self._graph.calls_and_products(names)
+        by_layer: dict[str, list[Call]] = {}
+        for call in calls:
+            by_layer.setdefault(call.layer, []).append(call)
+        return _State(frozen, plan, by_layer, products, self._live(frozen))
 
-    def _elsewhere(self, live: int) -> Backward:
-        """Products outside supported layers: attention, parameters used by functions."""
-        products = self._graph.products
+    def _of(self, cost: _LayerCost, state: "_State") -> Backward:
+        layer, plan = cost.layer, state.plan[cost.layer.name]
+        trainable = layer.size - int(state.frozen[layer.neurons].sum())
+        calls, live = state.calls[layer.name], state.live
         return Backward(
-            dense=sum(p.flops for p in products),
+            dense=cost.dense(),
+            paper=cost.paper(trainable),
+            required=cost.computed(trainable, calls, live, trainable if plan.cut else layer.size),
+            executed=cost.computed(plan.rows, calls, live, plan.rows if plan.cut else layer.size),
+        )
+
+    def _elsewhere(self, state: "_State") -> Backward:
+        """Products outside supported layers: attention, parameters used by functions."""
+        return Backward(
+            dense=sum(p.flops for p in self._products if p.triggers),
             paper=self._paper_elsewhere,
-            required=sum(p.flops for p in products if p.upstream & live),
+            required=sum(p.flops for p in state.products if p.upstream & state.live),
+            executed=sum(p.flops for p in state.products if p.triggers & state.live),
         )
 
     def _live(self, frozen: Tensor) -> int:
@@ -229,6 +289,7 @@ def _fvcore(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Counter[str]], 
 
     analysis = FlopCountAnalysis(model, inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
+    analysis.set_op_handle("aten::_convolution_mode", _convolution_mode)
     analysis.set_op_handle("aten::baddbmm", _baddbmm)
     analysis.set_op_handle("aten::matmul", _matmul)
     analysis.set_op_handle("aten::einsum", _einsum)
@@ -276,6 +337,11 @@ def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
         total += prod(sizes[letter] for letter in both)
         done = both & later
     return Counter(einsum=total)
+
+
+def _convolution_mode(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """A convolution with padding="same" or "valid"."""
+    return Counter(conv=prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:]))
 
 
 def _baddbmm(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:

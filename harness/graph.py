@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from neq import Layer, NeuronIndex
+
+Place = TypeVar("Place")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +35,63 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One matrix product of the backward, outside supported layers, over the whole batch."""
+    """One matrix product of the backward, outside supported layers, over the whole batch.
+
+    `upstream`: parameters for whose sake it is required; `triggers`: those for whose sake it is
+    done, more than that where one operator makes several products.
+    """
 
     flops: int
     upstream: int
+    triggers: int
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Calls and products of one forward."""
+    """What one forward left behind, in numbers: node i of the autograd graph reads `sources[i]`,
+    all smaller than i, and accumulates into the parameters of the bits `own[i]`.
+    """
 
-    calls: tuple[Call, ...]
-    products: tuple[Product, ...]
+    sources: list[list[int]]
+    own: list[int]
+    roots: frozenset[int]
+    runs: list["_Run[int]"]
+    products: list["_Operator"]
+
+    def calls_and_products(
+        self, cut: frozenset[str] = frozenset()
+    ) -> tuple[list[Call], list[Product]]:
+        """With no gradient flowing through the layers of `cut`."""
+        gone = set().union(*(run.inside for run in self.runs if run.layer in cut))
+        upstream: list[int] = []
+        for node, sources in enumerate(self.sources):
+            bits = self.own[node] | _union(upstream[s] for s in sources)
+            upstream.append(0 if node in gone else bits)
+        reached = self._reached(gone)
+        calls = [
+            Call(
+                run.layer,
+                run.elements,
+                0 if run.layer in cut else _union(upstream[node] for node in run.inputs),
+                # Not its output: an in-place operation on a view rewrites that node.
+                not run.inside.isdisjoint(reached),
+            )
+            for run in self.runs
+        ]
+        products: list[Product] = []
+        for operator in self.products:
+            if operator.node in reached:
+                products += operator.products(upstream)
+        return calls, products
+
+    def _reached(self, gone: set[int]) -> set[int]:
+        found: set[int] = set()
+        stack = [root for root in self.roots if root not in gone]
+        while stack:
+            node = stack.pop()
+            found.add(node)
+            stack += [s for s in self.sources[node] if s not in found and s not in gone]
+        return found
 
 
 def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[int, int]) -> Graph:
@@ -56,39 +103,59 @@ def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[
     with recorder.hooks(), torch.enable_grad():
         outputs = model(inputs)
     roots = list(_nodes(outputs))
-    upstream = _upstream([*roots, *recorder.nodes()], numbers)
-    reached = _upstream(roots, numbers).keys()
-    insides = [_between(run.output, run.inputs) for run in recorder.runs]
-    owned = set().union(*insides)
-    calls = tuple(
-        Call(
-            run.layer.name,
+    order = _order([*roots, *recorder.nodes()])
+    own = [numbers.get(id(getattr(node, "variable", None))) for node in order]
+    runs = [
+        _Run(
+            run.layer,
             run.elements,
-            _union(upstream[node] for node in run.inputs),
-            # Not `run.output in reached`: an in-place operation on a view rewrites its node.
-            not inside.isdisjoint(reached),
+            frozenset(order[node] for node in run.inputs),
+            frozenset(order[node] for node in run.inside if node in order),
         )
-        for run, inside in zip(recorder.runs, insides, strict=True)
+        for run in recorder.runs
+    ]
+    owned = set().union(*(run.inside for run in runs))
+    products = [
+        _Operator(place, *_products(node, order))
+        for node, place in order.items()
+        if place not in owned
+    ]
+    return Graph(
+        [[order[source] for source in _sources(node)] for node in order],
+        [0 if number is None else 1 << number for number in own],
+        frozenset(order[root] for root in roots),
+        runs,
+        [operator for operator in products if operator.pairs],
     )
-    products = (
-        Product(flops, _union(upstream[source] for source in sources))
-        for node in reached - owned
-        for sources, flops in _products(node)
-    )
-    return Graph(calls, tuple(p for p in products if p.upstream))
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    layer: Layer
-    inputs: frozenset[Node]
-    output: Node | None
+class _Operator:
+    """Products of a node, each with the operands for whose sake it is; `fused`: all or none."""
+
+    node: int
+    fused: bool
+    pairs: list[tuple[list[int], int]]
+
+    def products(self, upstream: list[int]) -> Iterator[Product]:
+        bits = [_union(upstream[operand] for operand in operands) for operands, _ in self.pairs]
+        for own, (_, flops) in zip(bits, self.pairs, strict=True):
+            yield Product(flops, own, _union(iter(bits)) if self.fused else own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run(Generic[Place]):
+    """A call of a layer: the nodes of its inputs, and those that its forward made."""
+
+    layer: str
     elements: int
+    inputs: frozenset[Place]
+    inside: frozenset[Place]
 
 
 class _Recorder:
     def __init__(self, neurons: NeuronIndex) -> None:
-        self.runs: list[_Run] = []
+        self.runs: list[_Run[Node]] = []
         self._neurons = neurons
         self._inputs: dict[str, frozenset[Node]] = {}
 
@@ -110,15 +177,15 @@ class _Recorder:
 
     def _after(self, layer: Layer) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            node = next(_nodes(output), None)
-            run = _Run(layer, self._inputs[layer.name], node, output.numel())
-            self.runs.append(run)
+            inputs = self._inputs[layer.name]
+            inside = _between(next(_nodes(output), None), inputs)
+            self.runs.append(_Run(layer.name, output.numel(), inputs, frozenset(inside)))
 
         return hook
 
     def nodes(self) -> Iterator[Node]:
         for run in self.runs:
-            yield from run.inputs
+            yield from (*run.inputs, *run.inside)
 
 
 def _nodes(value: Any) -> Iterator[Node]:
@@ -131,20 +198,16 @@ def _sources(node: Node) -> list[Node]:
     return [source for source, _ in node.next_functions if source is not None]
 
 
-def _upstream(roots: list[Node], numbers: dict[int, int]) -> dict[Node, int]:
-    """For every node reachable from the roots, the bits of the parameters it depends on."""
+def _order(roots: list[Node]) -> dict[Node, int]:
+    """Every node reachable from the roots, numbered so that sources come first."""
     found: dict[Node, int] = {}
     stack = list(roots)
     while stack:
-        node = stack[-1]
-        missing = [s for s in _sources(node) if s not in found]
+        missing = [s for s in _sources(stack[-1]) if s not in found]
         if missing:
             stack += missing
-            continue
-        stack.pop()
-        number = numbers.get(id(getattr(node, "variable", None)))
-        own = 0 if number is None else 1 << number
-        found[node] = own | _union(found[s] for s in _sources(node))
+        else:
+            found.setdefault(stack.pop(), len(found))
     return found
 
 
@@ -167,11 +230,12 @@ def _between(output: Node | None, inputs: frozenset[Node]) -> set[Node]:
     return owned
 
 
-def _products(node: Node) -> Iterator[tuple[list[Node], int]]:
-    """(operands, FLOPs) of each product that the backward of `node` makes for those operands."""
+def _products(node: Node, order: dict[Node, int]) -> tuple[bool, list[tuple[list[int], int]]]:
+    """Whether one operator makes them all; (operands, FLOPs) of each product of its backward."""
     name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
     operands = [source for source, _ in node.next_functions]
-    if name.startswith("ScaledDotProduct"):
+    fused = name.startswith("ScaledDotProduct")
+    if fused:
         pairs = _attention(node, operands)
     elif name in _MATRIX_PRODUCTS:
         flops = 2 * _MATRIX_PRODUCTS[name](node)
@@ -181,10 +245,8 @@ def _products(node: Node) -> Iterator[tuple[list[Node], int]]:
         pairs = [([source], flops) for source in operands[:2]]
     else:
         pairs = []
-    for sources, flops in pairs:
-        needed = [source for source in sources if source is not None]
-        if needed:
-            yield needed, flops
+    placed = [([order[o] for o in needed if o is not None], flops) for needed, flops in pairs]
+    return fused, [(needed, flops) for needed, flops in placed if needed or fused]
 
 
 def _output_shape(node: Any) -> tuple[int, ...]:

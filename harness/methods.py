@@ -21,7 +21,13 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class _Velocity(_Spec):
+class _Freezing(_Spec):
+    """Methods that freeze. `gradient="cut"`: none flows through frozen ones (approximate)."""
+
+    gradient: Literal["exact", "cut"] = "exact"
+
+
+class _Velocity(_Freezing):
     """Methods that decide by velocity. `recursion="reference"`: the authors' code."""
 
     mu: Mu = 0.5
@@ -54,7 +60,7 @@ class Neq(_Velocity):
         return neq.AtEquilibrium(eps=self.eps, mu=self.mu, recursion=self.recursion)
 
 
-class RandomShare(_Spec):
+class RandomShare(_Freezing):
     """Control: a random share of each layer trains, drawn anew each epoch."""
 
     kind: Literal["random"]
@@ -81,7 +87,7 @@ class SmallestVelocity(_Velocity):
         return neq.SmallestVelocity(self.keep, mu=self.mu, recursion=self.recursion)
 
 
-class FreezeAfter(_Spec):
+class FreezeAfter(_Freezing):
     """Control: everything but the head stands still from an epoch on."""
 
     kind: Literal["freeze_after"]
@@ -130,6 +136,7 @@ class Method:
         optimizer: "Optimizer",
         exclude: Iterable[str],
         seed: int,
+        timings: "neq.Timings | None" = None,
     ) -> None:
         import neq
 
@@ -139,6 +146,8 @@ class Method:
             spec.policy(seed),
             exclude=exclude,
             similarity=spec.similarity if isinstance(spec, _Velocity) else "dataset",
+            gradient=spec.gradient if isinstance(spec, _Freezing) else "exact",
+            timings=timings,
         )
 
     def start(self, validation: Iterable[Any]) -> None:

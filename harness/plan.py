@@ -87,7 +87,7 @@ def check(trials: Sequence[TrialSpec]) -> None:
     model = suites.build_model(suite.model.build, folder, suite.model.arguments)
     measured(model, suite.model.input)
     for name in dict.fromkeys(trial.method for trial in trials):
-        optimizer, _ = build_optimizer(suite, model.parameters())
+        optimizer, _ = build_optimizer(suite.name, suite.recipe, model.parameters())
         try:
             method = Method(suite.methods[name], model, optimizer, suite.model.exclude, seed=0)
         except ValueError as error:

@@ -28,6 +28,15 @@ def provenance(gpu: bool) -> dict[str, Any]:
     }
 
 
+def hardware(gpu: bool) -> str:
+    """The kind of device that this process computes on; of a CPU, with how many threads."""
+    import torch
+
+    if gpu:
+        return torch.cuda.get_device_name()
+    return f"{_cpu()}, {torch.get_num_threads()} threads"
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

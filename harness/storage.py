@@ -1,4 +1,5 @@
-"""Where results lie: `<root>/<suite>/{trials,epochs,layers,checkpoints}/<trial>`.
+"""Where results lie: `<root>/<suite>/{trials,epochs,layers,checkpoints}/<trial>`, and beside them
+`tuning`, what was chosen by the clock for a kind of machine.
 
 Every write goes to a temporary file whose name starts with a dot (readers skip it) and is then
 renamed, so that nobody ever sees half a file. The checkpoint, which holds the rows so far, is the
@@ -6,14 +7,17 @@ commit; parquet follows from it.
 """
 
 import io
+import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from harness.config import TrialSpec
 from harness.errors import UserError
@@ -84,6 +88,28 @@ class Store:
                 "delete it and run again with --retry-failed to compute the trial anew"
             ) from None
         return state
+
+    def tuning(self, name: str) -> dict[str, Any] | None:
+        """What was kept under that name; raises UserError where the file is damaged."""
+        path = self.folder / "tuning" / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is damaged; delete it, and it is measured anew") from None
+        return kept
+
+    def keep_tuning(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under that name; made once, while others wait for it."""
+        path = self.folder / "tuning" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{name}.lock")):
+            found = self.tuning(name)
+            if found is None:
+                found = make()
+                _replace(path, json.dumps(found, indent=1).encode())
+        return found
 
     def _checkpoint(self, key: str) -> Path:
         return self.folder / "checkpoints" / f"{key}.pt"

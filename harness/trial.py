@@ -4,13 +4,14 @@ Resumed equals uninterrupted, bit for bit on the CPU: every random stream follow
 purpose, epoch), and the checkpoint holds all other state together with the rows so far.
 """
 
+import inspect
 import math
 import random
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from harness import suites
-from harness.config import Suite, TrialSpec
+from harness.config import Named, Recipe, Suite, TrialSpec
 from harness.data import load_images
 from harness.errors import UserError
 from harness.flops import measure
@@ -27,8 +28,7 @@ from harness.records import EpochRecord
 from harness.rows import Failure, Rows, Slot
 from harness.storage import Store
 from harness.streams import seed_globals
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from harness.tuning import Tuning, autocast, kept, stopwatch
 
 
 class DivergedError(Exception):
@@ -117,7 +117,7 @@ class Trial:
         if self.rows.complete:
             return
         torch.set_num_threads(self.rows.threads)
-        self._build()
+        self._build(state)
         if state is None:
             self.method.start(self.batches.evaluate("validation"))
         else:
@@ -126,7 +126,7 @@ class Trial:
         for epoch in range(len(self.rows.epochs), self.recipe.epochs):
             yield self._epoch(epoch)
 
-    def _build(self) -> None:
+    def _build(self, state: dict[str, Any] | None) -> None:
         parts, seed, folder = self.suite.model, self.spec.seed, self.spec.folder
         data = load_images(self.suite, folder)
         self.batches = data.open(self.device, seed, self.recipe.batch_size)
@@ -134,13 +134,21 @@ class Trial:
         seed_globals(seed, "initialisation")
         model = suites.build_model(parts.build, folder, parts.arguments)
         self.costs = measure(model, parts.input)
-        self.model = model.to(self.device)
-        self.optimizer, self.scheduler = build_optimizer(self.suite, model.parameters())
+        model = model.to(self.device)
+        self.tuning = (
+            Tuning.from_json(state["tuning"]) if state else kept(self.store, self.suite, model)
+        )
+        self.model = self.tuning.convert(model)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.suite.name, self.recipe, model.parameters()
+        )
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.recipe.precision == "fp16"
         )
         fixed = [*parts.exclude, *self.costs.uncalled]
-        self.method = Method(self.spec.spec, self.model, self.optimizer, fixed, seed)
+        self.method = Method(
+            self.spec.spec, self.model, self.optimizer, fixed, seed, self.tuning.timings
+        )
 
     def _stateful(self) -> dict[str, Any]:
         parts = {
@@ -158,13 +166,16 @@ class Trial:
 
     def _commit(self) -> None:
         state = {name: part.state_dict() for name, part in self._stateful().items()}
-        self.store.save_checkpoint(self.spec.key, state | {"rows": self.rows.state()})
+        state |= {"tuning": self.tuning.to_json(), "rows": self.rows.state()}
+        self.store.save_checkpoint(self.spec.key, state)
 
     def _epoch(self, epoch: int) -> EpochRecord:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         frozen, samples = self.method.freezer.frozen, self.batches.size("train")
-        backward = self.costs.backward(frozen, samples)
+        plan = self.method.freezer.plan
+        backward = self.costs.backward(frozen, samples, plan)
+        layers = self.costs.layers(frozen, samples, plan)
         lr = float(self.optimizer.param_groups[0]["lr"])
         train_loss, seconds_train = self._timed(lambda: self._train(epoch))
         _check_finite("training loss", train_loss, epoch)
@@ -196,7 +207,6 @@ class Trial:
             seconds_checkpoint=None,
             peak_memory_bytes=self._peak_memory(),
         )
-        layers = self.costs.layers(frozen, samples)
         self.rows.add(record, frozen, layers, self.method.freezer)
         _, seconds = self._timed(self._commit)
         return self.rows.committed(seconds)
@@ -207,6 +217,7 @@ class Trial:
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for inputs, targets in self.batches.train(epoch):
+            inputs = self.tuning.apply(inputs)
             with self._autocast():
                 outputs = self.model(inputs)
                 loss = self.task.loss(outputs, targets)
@@ -240,6 +251,7 @@ class Trial:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         meter = self.task.meter()
         for inputs, targets in self.batches.evaluate(part):
+            inputs = self.tuning.apply(inputs)
             with self._autocast():
                 outputs = self.model(inputs)
                 total += self.task.loss(outputs, targets) * len(targets)
@@ -247,15 +259,12 @@ class Trial:
         return float(total) / max(self.batches.size(part), 1), meter.value()
 
     def _autocast(self) -> torch.autocast:
-        dtype = HALF.get(self.recipe.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.device.type, self.recipe.precision)
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
-        start = time.perf_counter()
-        result = work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return result, time.perf_counter() - start
+        with stopwatch(self.device) as seconds:
+            result = work()
+        return result, seconds[0]
 
     def _peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
@@ -267,40 +276,44 @@ def _check_finite(what: str, loss: float, epoch: int) -> None:
 
 
 def build_optimizer(
-    suite: Suite, parameters: Iterator[Tensor]
+    suite: str, recipe: Recipe, parameters: Iterator[Tensor]
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-    """The recipe's optimizer and scheduler, each by torch's own name.
+    """The recipe's optimizer and scheduler, each by torch's own name; fused where torch has that.
 
     Raises UserError for an unknown name or for arguments that torch refuses.
     """
-    optimizer = _torch_class(torch.optim, torch.optim.Optimizer, suite, "optimizer", parameters)
-    if suite.recipe.scheduler is None:
+    where = f"suite {suite}: recipe."
+    build = partial(_torch_class, torch.optim, torch.optim.Optimizer, where + "optimizer")
+    optimizer = build(recipe.optimizer, parameters)
+    if recipe.scheduler is None:
         return optimizer, None
     kind = torch.optim.lr_scheduler
-    scheduler = _torch_class(kind, kind.LRScheduler, suite, "scheduler", optimizer)
+    build = partial(_torch_class, kind, kind.LRScheduler, where + "scheduler")
+    scheduler = build(recipe.scheduler, optimizer)
     if isinstance(scheduler, kind.ReduceLROnPlateau):
         raise UserError(
-            f"suite {suite.name}: recipe.scheduler: ReduceLROnPlateau follows a metric, which "
+            f"suite {suite}: recipe.scheduler: ReduceLROnPlateau follows a metric, which "
             "would differ by method; take a schedule of epochs"
         )
     milestones = getattr(scheduler, "milestones", [])
     if not all(isinstance(epoch, int) for epoch in milestones):  # torch would ignore them
         raise UserError(
-            f"suite {suite.name}: recipe.scheduler.milestones: {list(milestones)} must be a list "
+            f"suite {suite}: recipe.scheduler.milestones: {list(milestones)} must be a list "
             "of epochs, such as [15, 22]"
         )
     return optimizer, scheduler
 
 
-def _torch_class(module: Any, base: Any, suite: Suite, key: str, argument: Any) -> Any:
-    named = getattr(suite.recipe, key)
+def _torch_class(module: Any, base: Any, where: str, named: Named, argument: Any) -> Any:
     cls = getattr(module, named.name, None)
-    where = f"suite {suite.name}: recipe.{key}"
     if not (isinstance(cls, type) and issubclass(cls, base)):
         known = [n for n in dir(module) if isinstance(getattr(module, n), type)]
         names = ", ".join(n for n in known if issubclass(getattr(module, n), base) and n[0] != "_")
         raise UserError(f"{where}: unknown name {named.name!r}; torch has {names}")
+    arguments = named.arguments
+    if "fused" in inspect.signature(cls).parameters and "foreach" not in arguments:
+        arguments.setdefault("fused", True)
     try:
-        return cls(argument, **named.arguments)
+        return cls(argument, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {named.name} refuses its arguments: {error}") from None

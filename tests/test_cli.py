@@ -1,10 +1,10 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -12,30 +12,8 @@ import pytest
 from trials import SMALL, assert_same_results, run
 
 from harness import plan
-from harness.cli import main
 
 NEQBENCH = Path(sys.executable).parent / "neqbench"
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def neqbench(monkeypatch, capsys):
-    """The command line, called in this process: as the script does, but without its start."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["neqbench", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return Result(stopped.value.code, *capsys.readouterr())
-
-    return call
 
 
 def small(root, *more):
@@ -100,6 +78,37 @@ def test_published_counts(neqbench):
     assert half["backward"]["dense"] == any_model["backward"]["dense"]
     people = neqbench("flops", *arguments).stdout
     assert "3,638,081,536" in people
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        ["digits"],
+        ["cifar10"],
+        ["cifar10-adam"],
+        ["--model", "torchvision.models:mobilenet_v2", "--input", "3x32x32"],
+    ],
+)
+def test_counted_is_executed(neqbench, what):
+    for frozen, seed in ((0.5, 0), (1, 3)):
+        done = neqbench(
+            *("flops", *what, "--frozen", frozen, "--seed", seed, "--verify", "--format", "json")
+        )
+        assert done.returncode == 0
+        found = json.loads(done.stdout)
+        assert found["verify"]["counted"] == found["verify"]["measured"]
+        assert (
+            found["verify"]["batch"] * found["backward"]["executed"] == found["verify"]["counted"]
+        )
+    assert "agrees" in neqbench("flops", *what, "--verify").stdout
+
+
+def test_a_count_that_is_not_executed_is_exit_1(neqbench, monkeypatch):
+    monkeypatch.setattr("harness.count.counted_by_torch", lambda *_: [5, 7])
+    done = neqbench("flops", "digits", "--verify", "--format", "json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["verify"]["measured"] == 5
+    assert "does NOT agree" in neqbench("flops", "digits", "--verify").stdout
 
 
 @pytest.mark.parametrize(
@@ -186,6 +195,8 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, number):
         return  # resuming is the same as after a kill
     assert 1 <= len(pd.read_parquet(tmp_path / "killed" / "digits" / "epochs")) < 20
     (spec,) = plan.specs("digits", settings, "neq", "0")
+    tuning = "digits/tuning"  # measured by the run that was killed
+    shutil.copytree(tmp_path / "killed" / tuning, tmp_path / "through" / tuning)
     run(spec, tmp_path / "killed")
     run(spec, tmp_path / "through")
     assert_same_results(spec, tmp_path / "through", tmp_path / "killed")

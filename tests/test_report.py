@@ -15,6 +15,8 @@ from harness import plan
 from harness.errors import UserError
 from harness.report import model, terminal
 
+FLOPS = ("dense", "paper", "required", "executed")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -90,10 +92,10 @@ def test_the_figures_agree_with_the_stored_rows(root, tables):
         last = mine[mine["epoch"] == 4].set_index("seed")["test_metric"]
         assert row.metric_mean == pytest.approx(numpy.mean(last))
         assert row.metric_std == pytest.approx(numpy.std(last, ddof=1))
-        per_sample = mine[[f"backward_flops_{c}" for c in ("dense", "paper", "required")]] / 210
+        per_sample = mine[[f"backward_flops_{c}" for c in FLOPS]] / 210
         means = per_sample.mean().tolist()
-        assert [row.dense, row.paper, row.required] == pytest.approx(means)
-        spent = mine["backward_flops_required"].sum() + mine["overhead_flops"].sum()
+        assert [row.dense, row.paper, row.required, row.executed] == pytest.approx(means)
+        spent = mine["backward_flops_executed"].sum() + mine["overhead_flops"].sum()
         assert row.saved == pytest.approx(1 - spent / mine["backward_flops_dense"].sum())
         full = 210 * 5 * len(row.seeds) * table.paper_dense
         assert row.saved_paper == pytest.approx(1 - mine["backward_flops_paper"].sum() / full)
@@ -101,7 +103,7 @@ def test_the_figures_agree_with_the_stored_rows(root, tables):
     baseline, neq, random = table.methods
     assert (baseline.n, neq.n, random.n) == (2, 3, 2)
     assert (baseline.saved, baseline.saved_paper, baseline.overhead) == (0, 0, 0)
-    assert baseline.dense == baseline.required == table.dense
+    assert baseline.dense == baseline.required == baseline.executed == table.dense
     last = epochs[epochs["epoch"] == 4].pivot(index="seed", columns="method", values="test_metric")
     paired = (last["neq"] - last["baseline"]).loc[[0, 1]].mean()
     assert neq.difference == pytest.approx(paired)

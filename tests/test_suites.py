@@ -243,7 +243,7 @@ def test_keys_stay_what_they_are():
         "metric": "m",
     }
     trial = TrialSpec(suite=suite, method="neq", seed=0, **names)
-    assert (trial.key, trial.group) == ("3ebb4024857ebc6a", "6f28a810a0031a94")
+    assert (trial.key, trial.group) == ("cb338e5fdd784d83", "3ae05f07690e19a6")
 
 
 def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):

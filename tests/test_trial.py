@@ -5,7 +5,7 @@ import numpy
 import pandas as pd
 import pytest
 import torch
-from trials import METHODS, assert_same_results, results, run, same, small
+from trials import METHODS, assert_same_results, keep_tuning, results, run, same, small
 
 from harness.records import EpochRecord
 from harness.rows import Failure, Slot
@@ -98,11 +98,14 @@ def test_what_is_stored(tmp_path):
     assert (epochs["samples"] == 210).all()
     assert epochs["frozen_neurons"][:2].tolist() == [0, 0]
     assert epochs["frozen_neurons"].max() > 0
-    assert epochs["backward_flops_executed"].isna().all()
+    assert (epochs["backward_flops_executed"] >= epochs["backward_flops_required"]).all()
+    assert (epochs["backward_flops_executed"] <= epochs["backward_flops_dense"]).all()
+    assert epochs["backward_flops_executed"].iloc[-1] < epochs["backward_flops_dense"].iloc[-1]
     assert epochs["peak_memory_bytes"].isna().all()
     assert (epochs["backward_flops_required"] <= epochs["backward_flops_dense"]).all()
     assert (epochs["overhead_flops"] == 2 * 20 * epochs["forward_flops"] / 210).all()
-    columns = ["frozen", "backward_flops_paper", "backward_flops_required", "forward_flops"]
+    kinds = ("paper", "required", "executed")
+    columns = ["frozen", "forward_flops", *(f"backward_flops_{kind}" for kind in kinds)]
     by_epoch = layers.groupby("epoch")[columns].sum()
     totals = epochs[["frozen_neurons", *columns[1:]]]
     assert (by_epoch.to_numpy() == totals.to_numpy()).all()
@@ -161,8 +164,10 @@ def test_a_full_disk_is_a_failure_that_stops_nothing(tmp_path, monkeypatch):
     def full(_fd):
         raise OSError(28, "No space left on device")
 
+    spec = small("baseline")
+    keep_tuning(spec.suite, tmp_path)
     monkeypatch.setattr(os, "fsync", full)
-    *_, last = run(small("baseline"), tmp_path)
+    *_, last = run(spec, tmp_path)
     assert isinstance(last, Failure)
     assert "No space left on device" in last.reason
     assert "could not be stored" in last.reason

@@ -20,7 +20,7 @@ class MethodRow:
 
     FLOPs are of one backward of one sample, averaged over epochs and seeds; shares are of the
     dense backward (for `paper`: of the paper's count with nothing frozen). `saved` counts the cost
-    of deciding in: 1 − (required + overhead) / dense; `saved_paper` is the published way.
+    of deciding in: 1 − (executed + overhead) / dense; `saved_paper` is the published way.
     `difference` is to the baseline, over the seeds that both have, in units of the metric.
     `label` is the method with the parameters in which it differs from another of its name.
     `seconds_train` of a trial: None where trials of the group ran on different devices.
@@ -39,6 +39,8 @@ class MethodRow:
     paper_share: float
     required: float
     required_share: float
+    executed: float
+    executed_share: float
     overhead: float
     overhead_share: float
     saved: float
@@ -157,7 +159,7 @@ def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable
 def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
     """One row a trial: last metric, mean FLOPs per sample, seconds."""
     epochs = epochs.sort_values("epoch")
-    for name in ("dense", "paper", "required"):
+    for name in ("dense", "paper", "required", "executed"):
         epochs[name] = epochs[f"backward_flops_{name}"] / epochs["samples"]
     epochs["overhead"] = epochs["overhead_flops"] / epochs["samples"]
     return epochs.groupby("trial").agg(
@@ -165,6 +167,7 @@ def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
         dense=("dense", "mean"),
         paper=("paper", "mean"),
         required=("required", "mean"),
+        executed=("executed", "mean"),
         overhead=("overhead", "mean"),
         paper_dense=("paper", "first"),  # everything trains in epoch 0
         seconds=("seconds_train", "sum"),
@@ -191,7 +194,8 @@ def _label(rows: pd.DataFrame, everything: pd.DataFrame) -> str:
 
 def _method(rows: pd.DataFrame, label: str, baseline: "pd.Series[float]", timed: bool) -> MethodRow:
     parameters = json.loads(rows["parameters"].iloc[0])
-    means = rows[["value", "dense", "paper", "required", "overhead", "paper_dense"]].mean()
+    columns = ["value", "dense", "paper", "required", "executed", "overhead", "paper_dense"]
+    means = rows[columns].mean()
     difference = (rows.set_index("seed")["value"] - baseline).dropna()
     plain = parameters["kind"] == "baseline"
     return MethodRow(
@@ -208,9 +212,11 @@ def _method(rows: pd.DataFrame, label: str, baseline: "pd.Series[float]", timed:
         paper_share=float(means["paper"] / means["paper_dense"]),
         required=float(means["required"]),
         required_share=float(means["required"] / means["dense"]),
+        executed=float(means["executed"]),
+        executed_share=float(means["executed"] / means["dense"]),
         overhead=float(means["overhead"]),
         overhead_share=float(means["overhead"] / means["dense"]),
-        saved=float(1 - (means["required"] + means["overhead"]) / means["dense"]),
+        saved=float(1 - (means["executed"] + means["overhead"]) / means["dense"]),
         saved_paper=float(1 - means["paper"] / means["paper_dense"]),
         seconds_train=float(rows["seconds"].mean()) if timed else None,
     )

@@ -11,10 +11,13 @@ from rich.text import Text
 from harness.report.model import GroupTable, MethodRow
 
 NOTE = (
-    "FLOPs: backward of one sample, mean over epochs; {dense} {unit}FLOPs dense. required: the "
-    "least that an exact backward can do; its saving counts the cost of deciding in. paper: the "
-    "published convention, {paper_dense} {unit}FLOPs with nothing frozen."
+    "FLOPs: backward of one sample, mean over epochs; {dense} {unit}FLOPs dense. executed: what "
+    "the kernels did; its saving counts the cost of deciding in. {required}paper: the published "
+    "convention, {paper_dense} {unit}FLOPs with nothing frozen."
 )
+REQUIRED = "required: the least that would have done. "
+CUT = "gradient cut: an approximation; no gradient flowed through frozen neurons."
+WIDE = 100  # columns from which there is room for the required FLOPs
 MIXED = "Trials ran on different devices: their seconds are not averaged."
 SHARED = "* Trials shared a device: these seconds are no measurement."
 
@@ -31,17 +34,21 @@ def _show(table: GroupTable, console: Console) -> None:
         _say(facts, console, style="dim")
     if table.methods:
         unit, scale = _unit(table.dense)
-        console.print(_grid(table, unit, scale))
+        wide = console.width >= WIDE
+        console.print(_grid(table, unit, scale, wide))
         note = NOTE.format(
             unit=unit,
             dense=f"{table.dense / scale:.2f}",
             paper_dense=f"{table.paper_dense / scale:.2f}",
+            required=REQUIRED if wide else "",
         )
         _say(note, console)
         for row in table.methods:
             parameters = {k: v for k, v in row.parameters.items() if k != "kind"}
             if parameters:
                 _say(f"{row.label}: {_listed(parameters)}", console, style="dim")
+        if any(row.parameters.get("gradient") == "cut" for row in table.methods):
+            _say(CUT, console)
         if len(table.devices) > 1:
             _say(MIXED, console)
         elif table.timing_shared:
@@ -74,7 +81,7 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _grid(table: GroupTable, unit: str, scale: float) -> Table:
+def _grid(table: GroupTable, unit: str, scale: float, wide: bool) -> Table:
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, show_edge=False)
     grid.add_column("method", overflow="fold")
     mark = "*" if table.timing_shared else ""
@@ -82,7 +89,8 @@ def _grid(table: GroupTable, unit: str, scale: float) -> Table:
         "n",
         f"{table.metric}\n%",
         "Δ\npp",
-        f"required\n{unit}FLOPs",
+        *([f"required\n{unit}FLOPs"] if wide else []),
+        f"executed\n{unit}FLOPs",
         "decide\n%",
         "saved\n%",
         f"paper\n{unit}FLOPs",
@@ -91,17 +99,18 @@ def _grid(table: GroupTable, unit: str, scale: float) -> Table:
     ):
         grid.add_column(title, justify="right", no_wrap=True)
     for row in table.methods:
-        grid.add_row(row.label, *_cells(row, scale))
+        grid.add_row(row.label, *_cells(row, scale, wide))
     return grid
 
 
-def _cells(row: MethodRow, scale: float) -> list[str]:
+def _cells(row: MethodRow, scale: float, wide: bool) -> list[str]:
     spread = "" if row.metric_std is None else f" ± {100 * row.metric_std:.2f}"
     return [
         str(row.n),
         f"{100 * row.metric_mean:.2f}{spread}",
         "–" if row.difference is None else f"{100 * row.difference:+.2f}",
-        f"{row.required / scale:.2f}",
+        *([f"{row.required / scale:.2f}"] if wide else []),
+        f"{row.executed / scale:.2f}",
         f"{100 * row.overhead_share:.1f}",
         f"{100 * row.saved:.1f}",
         f"{row.paper / scale:.2f}",

@@ -1,0 +1,115 @@
+"""Counted = executed: the accounting against PyTorch's counter in a real selective backward."""
+
+import copy
+
+import pytest
+import torch
+from test_flops import MODELS
+from torch import nn
+
+import neq
+from harness.flops import BATCH, measure
+from harness.verify import Rules, measured
+from suites.resnet import resnet8
+
+SAME = nn.Sequential(
+    nn.Conv1d(4, 8, 3, padding="same"),
+    nn.ReLU(True),
+    nn.Conv1d(8, 8, 4, padding="same", padding_mode="circular"),
+    nn.ReLU(True),
+    nn.Conv1d(8, 3, 1),
+)
+SMALL = {name: case for name, case in MODELS.items() if name != "packed attention"}
+SMALL |= {"padding": (SAME, (4, 20)), "resnet8": (resnet8(), (1, 16, 16))}
+
+
+def draw(costs, share, seed):
+    mask = torch.rand(len(costs.neurons), generator=torch.Generator().manual_seed(seed)) < share
+    return mask & costs.called
+
+
+def check(model, shape, share, seed, gradient):
+    costs = measure(model, shape)
+    mask = draw(costs, share, seed)
+    plan = neq.plan(costs.neurons, mask, gradient)
+    counted = costs.backward(mask, BATCH, plan)
+    seen = measured(copy.deepcopy(model), shape, mask, gradient)
+    assert seen == [counted.executed] * len(seen)
+    assert counted.required <= counted.executed <= counted.dense
+    by_layer = [backward for _, backward in costs.layers(mask, BATCH, plan).values()]
+    assert sum(backward.executed for backward in by_layer) <= counted.executed
+    return counted, len(seen)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("gradient", ["exact", "cut"])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models(name, gradient):
+    model, shape = SMALL[name]
+    for seed, share in enumerate((0.0, 0.3, 0.6, 0.9, 0.97, 1.0)):
+        check(model, shape, share, seed, gradient)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "cut"])
+@pytest.mark.parametrize(
+    "name, unmapped",
+    [
+        ("resnet18", True),
+        ("mobilenet_v3_small", False),
+        ("shufflenet_v2_x0_5", False),
+        ("regnet_x_400mf", False),
+        ("vit_b_32", False),
+        ("swin_t", True),
+    ],
+)
+def test_torchvision_s_models(vision, name, unmapped, gradient):
+    shape = (3, 224, 224) if name == "vit_b_32" else (3, 64, 64)
+    counted, ways = check(getattr(vision.models, name)(), shape, 0.7, 0, gradient)
+    assert ways == 1 + unmapped
+    assert counted.executed < counted.dense
+
+
+def fused(m, x):
+    q, k, v = (layer(x).unsqueeze(1) for layer in (m.q, m.k, m.v))  # fused only with heads
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("frozen", [["q"], ["k", "v"], ["q", "k"], ["q", "k", "v"]])
+def test_fused_attention_makes_all_its_products_or_none(frozen):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            return fused(self, x)
+
+    model = Attention()
+    costs = measure(model, (5, 8))
+    mask = costs.neurons.select(frozen)
+    counted = costs.backward(mask, BATCH)
+    assert set(measured(model, (5, 8), mask)) == {counted.executed}
+    assert (counted.executed > counted.required) == (len(frozen) < 3)
+
+
+def test_the_model_is_left_as_it_was(net):
+    kinds = [type(module) for module in net.modules()]
+    costs = measure(net, (3, 6, 6))
+    measured(net, (3, 6, 6), draw(costs, 0.5, 0))
+    assert [type(module) for module in net.modules()] == kinds
+    assert not net._forward_hooks
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_rule_for_grouped_convolutions():
+    rules = Rules()
+    x = torch.randn(2, 6, 5, 5, requires_grad=True)
+    layer = nn.Conv2d(6, 12, 3, groups=3)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    output = layer(x).sum()
+    with FlopCounterMode(display=False, custom_mapping=rules.mapping) as counter:
+        output.backward()
+    each = 2 * 2 * (3 * 3) * (12 * 2 * 3 * 3)  # 2 · samples · positions · weights
+    assert counter.get_total_flops() == 2 * each
+    assert rules.needed
