@@ -28,7 +28,7 @@ Model = Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any 
 Input = Annotated[
     str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the draw of frozen neurons.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw of frozen neurons.")]
 Methods = Annotated[str | None, typer.Option(help="Which methods: baseline,neq.")]
 Seeds = Annotated[str | None, typer.Option(help="Which seeds: 0-4 or 0,2.")]
 Results = Annotated[str, typer.Option(metavar="ROOT", help="Where results lie.")]

@@ -108,8 +108,8 @@ class _State:
 class Costs:
     """What a model's passes cost; all figures per sample unless a method takes `samples`.
 
-    `neurons`: its index; `called`: bool [neurons], False for the layers of `uncalled`, whose own
-    forward never runs (a function uses their weight): they are counted dense. `dense_only` names
+    `neurons`: its index; `called`: bool [neurons], False for the layers of `uncalled`, whose weight
+    a function uses, beside or without their own forward: they must not freeze. `dense_only` names
     those and all other modules with parameters that can't freeze, with the reason. `uncounted`:
     operators with parameters that fvcore can't count, such as recurrent ones.
     """
@@ -130,11 +130,19 @@ class Costs:
         self._layers = [
             self._layer_cost(layer) for layer in neurons.layers if self._of_layer(layer.name)
         ]
-        self.called = torch.zeros(len(neurons), dtype=torch.bool)
-        for cost in self._layers:
-            self.called[cost.layer.neurons] = True
-        self.uncalled = [name for name in neurons if not self._of_layer(name)]
-        reasons = dict.fromkeys(self.uncalled, "its forward is not called")
+        elsewhere = graph.elsewhere
+        reasons = dict.fromkeys(
+            (name for name in neurons if not self._of_layer(name)), "its forward is not called"
+        )
+        reasons |= {
+            cost.layer.name: "a function uses its weight, too"
+            for cost in self._layers
+            if cost.bits & elsewhere
+        }
+        self.uncalled = list(reasons)
+        self.called = torch.ones(len(neurons), dtype=torch.bool)
+        for name in self.uncalled:
+            self.called[neurons[name]] = False
         self.dense_only = neurons.unsupported | reasons
         in_layers = sum(train.by_layer[cost.layer.name]["rule"] for cost in self._layers)
         self._paper_elsewhere = 2 * (train.rule - in_layers)

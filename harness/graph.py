@@ -58,6 +58,13 @@ class Graph:
     runs: list["_Run[int]"]
     products: list["_Operator"]
 
+    @property
+    def elsewhere(self) -> int:
+        """Bits of the parameters that something else than their layer's own forward reads."""
+        owned = set().union(*(run.inside for run in self.runs))
+        readers = (node for node in range(len(self.sources)) if node not in owned)
+        return _union(self.own[source] for node in readers for source in self.sources[node])
+
     def calls_and_products(
         self, cut: frozenset[str] = frozenset()
     ) -> tuple[list[Call], list[Product]]:

@@ -34,7 +34,8 @@ def hardware(gpu: bool) -> str:
 
     if gpu:
         return torch.cuda.get_device_name()
-    return f"{_cpu()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _version(package: str) -> str | None:

@@ -33,7 +33,7 @@ class Store:
     def check_writable(self) -> None:
         """Raises UserError where results can't be written, before anything is computed."""
         try:
-            for kind in (*SCHEMAS, "checkpoints"):
+            for kind in (*SCHEMAS, "checkpoints", "tuning"):
                 (self.folder / kind).mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix="."):
                 pass

@@ -28,7 +28,7 @@ from harness.records import EpochRecord
 from harness.rows import Failure, Rows, Slot
 from harness.storage import Store
 from harness.streams import seed_globals
-from harness.tuning import Tuning, autocast, kept, stopwatch
+from harness.tuning import Tuning, autocast, kept, numerics, stopwatch
 
 
 class DivergedError(Exception):
@@ -83,14 +83,8 @@ def _record(rows: Rows, failure: Failure) -> Failure:
 def _process(suite: Suite) -> Iterator[None]:
     """Determinism for one trial; the process is left as it was."""
     threads, python, numpys = torch.get_num_threads(), random.getstate(), numpy.random.get_state()
-    cudnn = torch.backends.cudnn.flags(
-        enabled=True,
-        benchmark=False,
-        deterministic=True,
-        allow_tf32=suite.recipe.precision != "float32",
-    )
     try:
-        with torch.random.fork_rng(), cudnn:
+        with torch.random.fork_rng(), numerics(suite.recipe.precision):
             yield
     finally:
         torch.set_num_threads(threads)
@@ -284,7 +278,7 @@ def build_optimizer(
     """
     where = f"suite {suite}: recipe."
     build = partial(_torch_class, torch.optim, torch.optim.Optimizer, where + "optimizer")
-    optimizer = build(recipe.optimizer, parameters)
+    optimizer = build(_fused(recipe.optimizer), parameters)
     if recipe.scheduler is None:
         return optimizer, None
     kind = torch.optim.lr_scheduler
@@ -310,10 +304,16 @@ def _torch_class(module: Any, base: Any, where: str, named: Named, argument: Any
         known = [n for n in dir(module) if isinstance(getattr(module, n), type)]
         names = ", ".join(n for n in known if issubclass(getattr(module, n), base) and n[0] != "_")
         raise UserError(f"{where}: unknown name {named.name!r}; torch has {names}")
-    arguments = named.arguments
-    if "fused" in inspect.signature(cls).parameters and "foreach" not in arguments:
-        arguments.setdefault("fused", True)
     try:
-        return cls(argument, **arguments)
-    except (TypeError, ValueError) as error:
+        return cls(argument, **named.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: {named.name} refuses its arguments: {error}") from None
+
+
+def _fused(named: Named) -> Named:
+    """The same optimizer, fused where torch has that and the recipe says nothing else."""
+    cls = getattr(torch.optim, named.name, None)
+    known = inspect.signature(cls).parameters if isinstance(cls, type) else {}
+    if "fused" not in known or {"fused", "foreach", "differentiable"} & named.arguments.keys():
+        return named
+    return Named.model_validate({"name": named.name, **named.arguments, "fused": True})

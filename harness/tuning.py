@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import neq
-from harness.config import Suite, digest
+from harness.config import NUMERICS, Suite, digest
+from harness.errors import UserError
 from harness.provenance import hardware
 from harness.storage import Store
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GAIN = 0.95  # channels_last is taken where its step takes less than this share of the other's time
+GAIN = 0.9  # channels_last is taken where its step takes less than this share of the other's time
 SECONDS = 2.0
 
 
@@ -64,6 +65,8 @@ def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
         "precision": suite.recipe.precision,
         "hardware": hardware(gpu),
         "torch": torch.__version__,
+        "numerics": NUMERICS,
+        "architecture": digest({"modules": repr(model)}),
     }
 
     def make() -> dict[str, Any]:
@@ -71,7 +74,11 @@ def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
         tuned = tune(model, suite.model.input, recipe.batch_size, recipe.precision)
         return conditions | tuned.to_json()
 
-    return Tuning.from_json(store.keep_tuning(digest(conditions), make))
+    name = digest(conditions)
+    try:
+        return Tuning.from_json(store.keep_tuning(name, make))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{store.folder}/tuning/{name}.json is damaged; delete it") from None
 
 
 def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: str) -> Tuning:
@@ -90,6 +97,15 @@ def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: s
         with autocast(device.type, precision):
             timings = neq.measure(copied, best.apply(images))
     return Tuning(best.channels_last, timings)
+
+
+@contextmanager
+def numerics(precision: str) -> Iterator[None]:
+    """Deterministic convolutions, and no TF32 where the precision is float32."""
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "float32"
+    ):
+        yield
 
 
 def autocast(device: str, precision: str) -> torch.autocast:

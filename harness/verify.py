@@ -50,7 +50,11 @@ class Rules:
 
 
 def measured(
-    model: nn.Module, shape: tuple[int, ...], frozen: Tensor, gradient: neq.Gradient = "exact"
+    model: nn.Module,
+    shape: tuple[int, ...],
+    frozen: Tensor,
+    gradient: neq.Gradient = "exact",
+    timings: neq.Timings | None = None,
 ) -> list[int]:
     """FLOPs of a backward over `BATCH` samples with `frozen` (bool [neurons]) standing still.
 
@@ -58,7 +62,9 @@ def measured(
     it and back again.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    freezer = neq.NeuronFreezer(model, optimizer, neq.Everyone(), gradient=gradient)
+    freezer = neq.NeuronFreezer(
+        model, optimizer, neq.Everyone(), gradient=gradient, timings=timings
+    )
     freezer.freeze(frozen)
     rules = Rules()
     try:

@@ -57,7 +57,12 @@ class NeuronFreezer:
         self._freezable = ~self.neurons.select(exclude)
         self._optimizer = optimizer
         self.timings = timings or Timings()
-        self._gradients = SelectiveGradients(self._model, self.neurons, gradient)
+        compiled = any(hasattr(part, "_orig_mod") for part in model.modules())
+        if compiled and gradient == "cut":
+            raise ValueError("gradient 'cut' needs a model that is not compiled")
+        self._gradients = SelectiveGradients(
+            self._model, self.neurons, gradient, selective=not compiled
+        )
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -118,11 +123,27 @@ class NeuronFreezer:
                         moment.index_fill_(0, rows.to(moment.device), 0)
 
     @torch.no_grad()
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _optimizer: Any, arguments: Any, keywords: Any) -> None:
         self._gradients.apply()
-        self._kept = [
-            (p, rows, p.index_select(0, rows)) for p, rows in self._gradients.partly_frozen()
-        ]
+        self._gradients.complete()
+        self._complete_momentum()
+        frozen = [*self._gradients.partly_frozen()]
+        if len(arguments) > 1 or keywords:  # a closure: gradients change after this
+            frozen += self._gradients.wholly_frozen()
+        self._kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen]
+
+    def _complete_momentum(self) -> None:
+        """Zeros where fused SGD has no momentum yet, with which it takes the same first step.
+
+        torch's own start fails where a parameter's first gradient comes later than others', and
+        keeps unwritten memory where a GradScaler skips the first step.
+        """
+        for group in self._optimizer.param_groups:
+            if group.get("fused") and group.get("momentum") and not group["dampening"]:
+                for parameter in group["params"]:
+                    state = self._optimizer.state[parameter]
+                    if parameter.grad is not None and state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -37,59 +37,75 @@ class SelectiveGradients:
     is frozen has no gradient at all. `plan`: what is computed in each layer.
     """
 
-    def __init__(self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient) -> None:
-        self._model, self._layers = model, neurons.layers
+    def __init__(
+        self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient, *, selective: bool
+    ) -> None:
+        """`selective=False`: every layer computes densely, for a compiled model."""
+        self._model, self._layers, self._selective = model, neurons.layers, selective
         self._cut = gradient == "cut"
         self._rows: dict[Tensor, Tensor] = {}
         self._whole: dict[Tensor, None] = {}
-        self._works: dict[Tensor, Work] = {}
-        self._cleared: dict[Tensor, tuple[int, int]] = {}  # state of its gradient then
-        self._handles: dict[nn.Parameter, RemovableHandle] = {}
+        self._handles: list[RemovableHandle] = []
         self._tie: RemovableHandle | None = None
         self.plan: dict[str, LayerPlan] = {}
 
     def select(self, frozen: Tensor, timings: Timings) -> None:
         """Frozen from now on: bool [neurons of the whole index]."""
-        self._rows.clear()
-        self._whole.clear()
-        self._cleared.clear()
-        self._works.clear()
+        self._forget()
         for layer in self._layers:
             mask = frozen[layer.neurons]
             rows = mask.nonzero().squeeze(1)
-            for parameter in layer.parameters:
+            for parameter in layer.parameters if len(rows) else ():
                 self._watch(parameter)
                 if len(rows) == layer.size:
                     self._whole[parameter] = None
-                elif len(rows):
+                else:
                     self._rows[parameter] = rows.to(parameter.device)
-            work = _work(layer, mask, self._cut, timings)
+            work = _work(layer, mask, self._cut, timings) if self._selective else None
             select(layer.module, work)
-            if work is not None and work.rows is not None:
-                self._works[layer.parameters[0]] = work
             self.plan[layer.name] = _plan(layer, work, self._cut)
         self._tie_whole()
 
     def _tie_whole(self) -> None:
         if self._tie is not None:
             self._tie.remove()
-        whole = [p for p in self._whole if p.requires_grad]
-        self._tie = self._model.register_forward_hook(_Tie(whole)) if whole else None
+            self._tie = None
+        tied = [p for p in (*self._whole, *self._loose) if p.requires_grad]
+        if tied and self._selective:
+            self._tie = self._model.register_forward_hook(_Tie(tied))
+
+    @property
+    def _loose(self) -> list[nn.Parameter]:
+        """Trainable ones that a layer frozen whole may have cut off."""
+        if not (self._cut and self._whole):
+            return []
+        found = (p for layer in self._layers for p in layer.parameters)
+        return [p for p in found if p.requires_grad and p not in self._whole]
 
     def _watch(self, parameter: nn.Parameter) -> None:
         """Hook it, if it needs a gradient by now."""
-        if parameter.requires_grad and parameter not in self._handles:
+        if parameter.requires_grad:
             hook = parameter.register_post_accumulate_grad_hook(self._clear)  # type: ignore[no-untyped-call]
-            self._handles[parameter] = hook
+            self._handles.append(hook)
 
     def partly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
         """(parameter, indices of its frozen rows), for those with rows of both kinds."""
         return self._rows.items()
 
+    def wholly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """(parameter, indices of all its rows), for those with frozen rows alone."""
+        return ((p, torch.arange(len(p), device=p.device)) for p in self._whole)
+
     def apply(self) -> None:
         """Clear what the hooks could not see: gradients that were there before, or assigned."""
         for parameter in (*self._whole, *self._rows):
             self._clear(parameter)
+
+    def complete(self) -> None:
+        """Zeros where a layer frozen whole has cut a trainable parameter off."""
+        for parameter in self._loose:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _clear(self, parameter: Tensor) -> None:
         gradient, rows = parameter.grad, self._rows.get(parameter)
@@ -99,22 +115,21 @@ class SelectiveGradients:
             if parameter in self._whole:
                 parameter.grad = None
             return
-        state, work = (gradient.data_ptr(), gradient._version), self._works.get(parameter)
-        if state == self._cleared.get(parameter) or (work is not None and state == work.returned):
-            return
         gradient.detach().index_fill_(0, rows, 0)
-        self._cleared[parameter] = state[0], gradient._version
 
     def remove(self) -> None:
         """Back to plain layers and gradients."""
         for layer in self._layers:
             select(layer.module, None)
-        self._rows.clear()
-        self._whole.clear()
+        self._forget()
         self._tie_whole()
-        for handle in self._handles.values():
+
+    def _forget(self) -> None:
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._rows.clear()
+        self._whole.clear()
 
 
 def _work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> Work | None:
@@ -152,7 +167,11 @@ def plan(
     gradient: Gradient = "exact",
     timings: Timings | None = None,
 ) -> dict[str, LayerPlan]:
-    """What a NeuronFreezer would do, by layer name, with bool `frozen` [neurons]."""
+    """What a NeuronFreezer does, by layer name, with bool `frozen` [neurons].
+
+    Of a layer whose own forward is never called, because a function uses its weight, the frozen
+    rows are computed and cleared, whatever stands here.
+    """
     timings, cut = timings or Timings(), gradient == "cut"
     return {
         layer.name: _plan(layer, _work(layer, frozen[layer.neurons], cut, timings), cut)
@@ -174,15 +193,17 @@ class _Tie:
         if not selecting():
             return output
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        graph = any(t.requires_grad for t in tensors)
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if parallel or not any(t.requires_grad for t in tensors):
-            return tree_map(self._tied, output)
-        return output
+        if graph and not parallel:
+            return output
 
-    def _tied(self, output: Any) -> Any:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            return _tie(output, *self.parameters)
-        return output
+        def tied(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return _tie(value, *self.parameters) if value.requires_grad or not graph else value
+
+        return tree_map(tied, output)
 
 
 class _TieFunction(Function):

@@ -7,6 +7,7 @@ them. All cost the same FLOPs; which one is fast depends on shape, rows, precisi
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -28,13 +29,21 @@ class Rows:
     inputs: Tensor | None
     groups: int
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows on the device of a model that was moved, or of a replica."""
+        if self.index.device == device:
+            return self
+        inputs = None if self.inputs is None else self.inputs.to(device)
+        index, others, fillers = (t.to(device) for t in (self.index, self.others, self.fillers))
+        return Rows(index, others, fillers, inputs, self.groups)
+
     def gather(self, gradient: Tensor) -> Tensor:
         """The computed channels of `gradient` (axis 1)."""
         return channels(gradient, self.index) if len(self.others) else gradient
 
-    def scatter(self, computed: Tensor, like: Tensor) -> Tensor:
-        """The rows [computed, …] in their places, zeros elsewhere, in the layout of `like`."""
-        full = computed.new_empty_strided(like.shape, like.stride())
+    def scatter(self, computed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+        """The rows [computed, …] in their places, zeros elsewhere."""
+        full = computed.new_empty_strided(shape, stride)
         full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
         return full.index_fill_(0, self.fillers, 0) if len(self.fillers) else full
 
@@ -76,8 +85,7 @@ def _rows(
 ) -> Rows:
     others = torch.ones_like(frozen).index_fill(0, index, False).nonzero()[:, 0]
     fillers = index[frozen[index]]
-    index, others, fillers = (t.to(device) for t in (index, others, fillers))
-    return Rows(index, others, fillers, None if inputs is None else inputs.to(device), groups)
+    return Rows(index, others, fillers, inputs, groups).to(device)
 
 
 def channels(tensor: Tensor, index: Tensor) -> Tensor:
@@ -90,12 +98,12 @@ def channels(tensor: Tensor, index: Tensor) -> Tensor:
         samples, size, *positions = tensor.shape
         offsets = torch.arange(0, samples * size, size, device=index.device)
         flat = (offsets.unsqueeze(1) + index).flatten()
-        picked = tensor.reshape(samples * size, -1).index_select(0, flat)
-        return picked.view(samples, -1, *positions)
+        picked = tensor.reshape(samples * size, prod(positions)).index_select(0, flat)
+        return picked.view(samples, len(index), *positions)
     if last.is_contiguous():
         table = last.reshape(-1, last.shape[-1])
         picked = table.gather(1, index.expand(table.shape[0], -1))
-        return picked.view(*last.shape[:-1], -1).movedim(-1, 1)
+        return picked.view(*last.shape[:-1], len(index)).movedim(-1, 1)
     return tensor.index_select(1, index)
 
 

@@ -122,6 +122,8 @@ def _why_unsupported(module: nn.Module, owners: Counter[int]) -> str:
         return f"{type(module).__name__} is not a supported layer"
     if not parameters.keys() <= {"weight", "bias"} or "weight" not in parameters:
         return "its weight is parametrised"
+    if any(p.is_complex() for p in parameters.values()):
+        return "its parameters are complex"
     if any(owners[id(p)] > 1 for p in parameters.values()):
         return "its parameters are shared with another module"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:

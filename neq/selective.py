@@ -2,7 +2,7 @@
 
 A layer takes on one of these classes while some of its neurons are frozen, and its own again
 afterwards: parameters, buffers, hooks and `state_dict` stay as they are. Without gradients, under
-torch.compile and under torch.func it computes like the plain layer.
+torch.compile, under torch.func's transforms and in forward mode it computes like the plain layer.
 """
 
 from collections.abc import Iterator
@@ -12,33 +12,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from neq.kernels import KERNELS, Geometry, Rows, channels
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """What a layer's backward does: `kernel` computes `rows`, None where every neuron is frozen.
 
     `cut`: the input gradient flows through trainable neurons only. `shape`: of a convolution.
-    `returned`: where the last weight gradient lies, and its version; frozen rows are zero there.
     """
 
     kernel: str
     rows: Rows | None
     cut: bool
     shape: Geometry | None
-    returned: tuple[int, int] = (0, 0)
 
-    def scatter(self, computed: Tensor, weight: Tensor) -> Tensor:
-        """The weight gradient with `computed` rows in their places."""
-        assert self.rows is not None
-        gradient = self.rows.scatter(computed, weight)
-        self.returned = gradient.data_ptr(), gradient._version
-        return gradient
+
+WORK = "_neq_work"
 
 
 def select(module: nn.Module, work: Work | None) -> None:
@@ -46,15 +40,15 @@ def select(module: nn.Module, work: Work | None) -> None:
     plain = plain_type(module)
     if work is None:
         module.__class__ = plain
-        module.__dict__.pop("work", None)
+        module.__dict__.pop(WORK, None)
     else:
         module.__class__ = _SELECTIVE[plain]
-        module.__dict__["work"] = work
+        module.__dict__[WORK] = work
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
     """The module's own type, whatever is selected."""
-    return getattr(type(module), "plain", type(module))
+    return type(module).plain if isinstance(module, _Selective) else type(module)
 
 
 def geometry(module: nn.Module) -> Geometry | None:
@@ -65,8 +59,8 @@ def geometry(module: nn.Module) -> Geometry | None:
     """
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None
-    shape, sides = tuple(module.weight.shape), module._reversed_padding_repeated_twice
-    padding = (0,) * len(module.stride) if _pads(module) else tuple(sides[::-2])
+    shape = tuple(module.weight.shape)
+    padding = (0,) * len(module.stride) if _pads(module) else _padding(module)
     stride, dilation = module.stride, module.dilation
     if len(stride) == 1:
         shape, stride = (*shape[:2], 1, shape[2]), (1, *stride)
@@ -74,11 +68,18 @@ def geometry(module: nn.Module) -> Geometry | None:
     return Geometry(shape, stride, padding, dilation, module.groups)
 
 
+def _padding(module: Any) -> tuple[int, ...]:
+    """On each side; `padding` may have been assigned after the layer was made."""
+    if isinstance(module.padding, str):
+        return tuple(module._reversed_padding_repeated_twice[::-2])
+    return tuple(module.padding)
+
+
 def _pads(module: Any) -> bool:
     """Whether the input has to be padded beforehand: unevenly, or not with zeros."""
     sides = module._reversed_padding_repeated_twice
-    uneven = sides[::2] != sides[1::2]
-    return any(sides) and (uneven or module.padding_mode != "zeros")
+    uneven = isinstance(module.padding, str) and sides[::2] != sides[1::2]
+    return bool(uneven or module.padding_mode != "zeros")
 
 
 def _pad(inputs: Tensor, module: Any) -> Tensor:
@@ -92,30 +93,30 @@ def _bare(kind: type[nn.Module]) -> nn.Module:
 
 class _Selective(nn.Module):
     plain: ClassVar[type[nn.Module]]
-    work: Work
+    _neq_work: Work
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """Copies and pickles are plain layers: what is frozen here is not frozen there."""
-        state = {name: value for name, value in self.__dict__.items() if name != "work"}
+        state = {name: value for name, value in self.__dict__.items() if name != WORK}
         return _bare, (self.plain,), state
 
     def _reached(self, inputs: Tensor) -> Tensor:
         """The input, cut off from its graph where nothing flows back."""
-        return inputs.detach() if self.work.cut and self.work.rows is None else inputs
+        return inputs.detach() if self._neq_work.cut and self._neq_work.rows is None else inputs
 
 
 def selecting() -> bool:
     """Whether a backward may follow that these layers know how to shorten."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return torch.is_grad_enabled()
+    return torch.is_grad_enabled() and forward_ad._current_level < 0
 
 
 class _Convolution(_Selective):
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if not selecting():
             return super()._conv_forward(inputs, weight, bias)  # type: ignore[misc]
-        if self.work.rows is None:
+        if self._neq_work.rows is None:
             weight, bias = _detached(weight), _detached(bias)
         inputs = self._reached(inputs)
         if inputs.dim() < weight.dim():
@@ -125,8 +126,8 @@ class _Convolution(_Selective):
         inputs, weight, bias = _cast(inputs, weight, bias)
         if inputs.dim() == 3:
             lifted = inputs.unsqueeze(2), weight.unsqueeze(2), bias
-            return _convolution(*lifted, self.work).squeeze(2)
-        return _convolution(inputs, weight, bias, self.work)
+            return _convolution(*lifted, self._neq_work).squeeze(2)
+        return _convolution(inputs, weight, bias, self._neq_work)
 
 
 class _Linear(_Selective):
@@ -134,11 +135,11 @@ class _Linear(_Selective):
         if not selecting():
             return super().forward(input)
         input = self._reached(input)
-        if self.work.rows is None:
+        if self._neq_work.rows is None:
             return functional.linear(input, _detached(self.weight), _detached(self.bias))
         x, weight, bias = _cast(input, self.weight, self.bias)
-        output = _linear(x.reshape(-1, x.shape[-1]), weight, bias, self.work)
-        return output.view(*input.shape[:-1], -1)
+        output = _linear(x.reshape(-1, x.shape[-1]), weight, bias, self._neq_work)
+        return output.view(*input.shape[:-1], output.shape[-1])
 
 
 class _Norm(_Selective):
@@ -147,7 +148,7 @@ class _Norm(_Selective):
     def forward(self, input: Tensor) -> Any:
         if not selecting():
             return super().forward(input)
-        if self.work.rows is None:
+        if self._neq_work.rows is None:
             with self._frozen():
                 return super().forward(self._reached(input))
         with saved_tensors_hooks(self._pack, _unpack):
@@ -164,7 +165,7 @@ class _Norm(_Selective):
 
     def _pack(self, saved: Tensor) -> tuple[Tensor, int]:
         """The backward multiplies by the weight it finds: zero for what passes nothing on."""
-        weight, rows = self.weight, self.work.rows
+        weight, rows = self.weight, self._neq_work.rows
         assert isinstance(weight, Tensor)
         assert rows is not None
         if saved.data_ptr() == weight.data_ptr():
@@ -212,10 +213,8 @@ def _executes(node: Any) -> bool:
 class _ConvolutionFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
-        _, needs_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight)
         assert work.shape is not None
-        ctx.work, ctx.like = work, (x.shape, x.stride())
+        _save(ctx, x, weight, work)
         return work.shape.forward(x, weight, bias)
 
     @staticmethod
@@ -224,23 +223,32 @@ class _ConvolutionFunction(Function):
         x, weight = ctx.saved_tensors
         if x is None:
             x = gradient.new_empty_strided(*ctx.like)  # never read
-        rows, shape = ctx.work.rows, ctx.work.shape
+        work, shape = ctx.work, ctx.work.shape
         needs_input, needs_weight, needs_bias = _needed(ctx)
         by_input = by_weight = by_bias = None
-        if needs_input and not ctx.work.cut:
+        if needs_input and not work.cut:
             by_input = shape.input_gradient(gradient, x, weight)
-        if rows is None:
+        if work.rows is None:
             return by_input, None, None, None
+        rows = work.rows.to(gradient.device)
         chosen = rows.gather(gradient)
-        if needs_input and ctx.work.cut:
+        if needs_input and work.cut:
             by_input = _through_rows(chosen, x, weight, shape, rows)
         if needs_weight:
-            computed = KERNELS[ctx.work.kernel](chosen, x, shape, rows)
-            by_weight = ctx.work.scatter(computed, weight)
+            computed = KERNELS[work.kernel](chosen, x, shape, rows)
+            by_weight = rows.scatter(computed, *ctx.weight_like)
         if needs_bias:
             summed = chosen.sum([0, *range(2, chosen.dim())])
-            by_bias = rows.scatter(summed, weight.new_empty(len(weight)))
+            by_bias = rows.scatter(summed, gradient.shape[1:2], (1,))
         return by_input, by_weight, by_bias, None
+
+
+def _save(ctx: Any, x: Tensor, weight: Tensor, work: Work) -> None:
+    """Keep for the backward what it needs, and no more."""
+    needs_input, needs_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_input else None)
+    ctx.work, ctx.like = work, (x.shape, x.stride())
+    ctx.weight_like = weight.shape, weight.stride()
 
 
 def _through_rows(chosen: Tensor, x: Tensor, weight: Tensor, shape: Geometry, rows: Rows) -> Tensor:
@@ -256,27 +264,23 @@ def _through_rows(chosen: Tensor, x: Tensor, weight: Tensor, shape: Geometry, ro
 class _LinearFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
-        _, needs_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight)
-        ctx.work = work
+        _save(ctx, x, weight, work)
         return functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        rows = ctx.work.rows
+        rows = ctx.work.rows.to(gradient.device)
         needs_input, needs_weight, needs_bias = _needed(ctx)
         chosen = rows.gather(gradient)
         by_input = by_weight = by_bias = None
-        if needs_input and not ctx.work.cut:
-            by_input = gradient @ weight
-        elif needs_input:
-            by_input = chosen @ rows.weights(weight)
+        if needs_input:
+            by_input = chosen @ rows.weights(weight) if ctx.work.cut else gradient @ weight
         if needs_weight:
-            by_weight = ctx.work.scatter(chosen.t() @ x, weight)
+            by_weight = rows.scatter(chosen.t() @ x, *ctx.weight_like)
         if needs_bias:
-            by_bias = rows.scatter(chosen.sum(0), weight.new_empty(len(weight)))
+            by_bias = rows.scatter(chosen.sum(0), gradient.shape[1:], (1,))
         return by_input, by_weight, by_bias, None
 
 

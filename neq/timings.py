@@ -18,7 +18,7 @@ from neq.kernels import MOST, MULTIPLES, candidates, choose
 from neq.neurons import Layer, NeuronIndex
 from neq.selective import Work, geometry, select
 
-GAIN = 0.96  # a kernel is taken where its time is below this share of the dense backward's
+GAIN = 0.95  # a kernel is taken where its time is below this share of the dense backward's
 SECONDS = 0.1  # per shape, but at least two rounds
 
 CUT = "cut"  # gathered rows, with the input gradient through them alone
@@ -40,8 +40,8 @@ class Timings:
 
         Times are only known for some counts; the next larger one is an upper bound.
         """
-        known = self.layers.get(layer)
-        if known is None:
+        known = self.layers.get(layer, {})
+        if size not in known.get("dense", {}):
             return "gather" if 2 * rows <= size else "dense"
         best, fastest = "dense", GAIN * known["dense"][size]
         for kernel in sorted(known.keys() - {"dense", CUT}):
@@ -52,8 +52,8 @@ class Timings:
 
     def cut_pays(self, layer: str, rows: int, size: int) -> bool:
         """Whether the input gradient through `rows` alone is faster than the dense backward."""
-        known = self.layers.get(layer)
-        if known is None:
+        known = self.layers.get(layer, {})
+        if size not in known.get("dense", {}):
             return 2 * rows <= size
         return _bound(known.get(CUT, {}), rows) < known["dense"][size]
 
@@ -124,8 +124,10 @@ def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
     def recorder(layer: Layer) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["input"]
-            sample = _Sample(x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-            calls[layer.name] = layer, sample
+            stride = torch.empty_like(x, device="meta").stride()  # of an expanded one, dense
+            sample = _Sample(x.shape, stride, x.dtype, x.device, x.requires_grad)
+            if layer.parameters[0].requires_grad and x.numel():
+                calls[layer.name] = layer, sample
 
         return hook
 

@@ -369,3 +369,28 @@ def test_what_can_not_be_frozen_is_refused(net):
     freezer = neq.NeuronFreezer(net, OPTIMIZERS["sgd"](net.parameters()))
     with pytest.raises(ValueError, match=r"mask must be bool \[48\]"):
         freezer.freeze(torch.zeros(3))
+
+
+def test_fused_sgd_starts_late_for_what_was_frozen_at_first(net):
+    """torch's own fused SGD fails on a first gradient that comes later than others'."""
+    plain = copy.deepcopy(net)
+    for model, fused in ((net, True), (plain, False)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=fused)
+        freezer = neq.NeuronFreezer(model, optimizer, neq.Everyone())
+        torch.manual_seed(0)
+        freezer.freeze(freezer.neurons.select(["conv", "bn"]))
+        train_epoch(model, optimizer, random_batches())
+        freezer.freeze(torch.zeros_like(freezer.frozen))
+        train_epoch(model, optimizer, random_batches())
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_step_that_overflows_leaves_no_unwritten_momentum(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)
+    neq.NeuronFreezer(net, optimizer, neq.Everyone())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    loss = net(torch.randn(2, 3, 6, 6)).sum() * torch.inf
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in net.parameters())

@@ -1,7 +1,5 @@
 """DistributedDataParallel on two gloo workers against one process with both halves of the batch."""
 
-import copy
-
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
@@ -27,10 +25,10 @@ def build():
     )
 
 
-def train(model, batches):
+def train(model, batches, gradient):
     """Parameters after a step with each share frozen, and the FLOPs of each backward."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    freezer = neq.NeuronFreezer(model, optimizer, neq.Everyone())
+    freezer = neq.NeuronFreezer(model, optimizer, neq.Everyone(), gradient=gradient)
     flops = []
     for step, (share, inputs) in enumerate(zip(SHARES, batches, strict=True)):
         generator = torch.Generator().manual_seed(step)
@@ -58,19 +56,21 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = DistributedDataParallel(build())
     halves = [batch[2 * rank : 2 * rank + 2] for batch in batches()]
-    torch.save(train(model, halves), f"{folder}/{rank}.pt")
+    for gradient in ("exact", "cut"):
+        model = DistributedDataParallel(build())
+        torch.save(train(model, halves, gradient), f"{folder}/{gradient}{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_ranks_stay_equal_and_equal_to_one_process(tmp_path):
     multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    (one, flops), (two, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone, whole = train(copy.deepcopy(build()), batches())
-    for first, second, single in zip(one, two, alone, strict=True):
-        assert torch.equal(first, second)
-        torch.testing.assert_close(first, single, rtol=1e-4, atol=1e-5)
-    assert [2 * count for count in flops] == whole
-    assert whole[3] == 0 < whole[4] < whole[0]
+    for gradient in ("exact", "cut"):
+        (one, flops), (two, _) = (torch.load(tmp_path / f"{gradient}{rank}.pt") for rank in (0, 1))
+        alone, whole = train(build(), batches(), gradient)
+        for first, second, single in zip(one, two, alone, strict=True):
+            assert torch.equal(first, second)
+            torch.testing.assert_close(first, single, rtol=1e-4, atol=1e-5)
+        assert [2 * count for count in flops] == whole
+        assert whole[3] == 0 < whole[4] < whole[0]

@@ -10,6 +10,21 @@ from harness.speed import shares, speed
 SMALL = ["--model", "suites.resnet:resnet8", "--input", "1x16x16", "--batch", "4"]
 
 
+NORM = "test_speed:normed"
+
+
+def normed():
+    """Needs two samples at least."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+
+
 def row(rows, granularity, gradient, frozen):
     (found,) = [
         r
@@ -35,7 +50,7 @@ def test_the_rows(neqbench):
     assert len(rows) == 9
     assert len({r["floor_ratio"] for r in rows}) == 1
     assert rows[0].keys() == timing.Row.__dataclass_fields__.keys()
-    assert "threads" in found["device"]
+    assert "thread" in found["device"]
 
 
 def test_the_floor_keeps_every_input_gradient_but_no_weight_s():
@@ -82,6 +97,9 @@ def test_the_table_is_not_cut_off(neqbench, width):
         (["digits", "--batch", "4"], "--batch and --precision belong to --model"),
         (["digits", "--precision", "bf16"], "--batch and --precision belong to --model"),
         ([*SMALL[:4], "--batch", "0"], "--batch 0: must be at least 1"),
+        ([*SMALL[:4], "--batch", "1", "--model", NORM, "--input", "4"], "can't be trained with"),
+        (["digits", "--set", "recipe.optimizer={name='LBFGS', lr=1}"], "LBFGS"),
+        (["digits", "--seed", "-1"], "Invalid value for '--seed'"),
         ([*SMALL, "--frozen", "2"], "--frozen 2: write shares from 0 to 1"),
         ([*SMALL, "--frozen", "0.5,x"], "--frozen 0.5,x: write shares from 0 to 1"),
         (["--model", "torch.nn:ReLU", "--input", "3"], "no convolution, linear or normalisation"),

@@ -69,7 +69,6 @@ def test_measuring_covers_the_layers_and_changes_nothing(net):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
-    assert not net.conv._forward_pre_hooks
     assert list(timings.layers) == ["conv", "grouped", "fc1", "fc2"]
     assert set(timings.layers["conv"]) == {"dense", "gather", "cut", "swap", "swap/3", "swap/last"}
     assert set(timings.layers["grouped"]) == {"dense", "gather", "cut"}
@@ -119,3 +118,22 @@ def test_the_plan_is_what_a_freezer_does_and_travels_with_its_state():
     freezers[1].load_state_dict(freezers[0].state_dict())
     assert freezers[1].timings == timings
     assert freezers[1].plan == plan
+
+
+def test_measuring_a_frozen_stem_and_an_expanded_input():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(4, 6).requires_grad_(False)
+            self.wide = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.wide(self.stem(x)[:1].expand(5, -1))
+
+    assert list(neq.measure(Model(), torch.randn(3, 4)).layers) == ["wide"]
+
+
+def test_a_table_of_other_sizes_is_not_used():
+    assert neq.Timings(TABLE).kernel("fc", 2, 16) == "gather"
+    assert neq.Timings(TABLE).kernel("fc", 9, 16) == "dense"
+    assert neq.Timings(TABLE).cut_pays("fc", 8, 16)

@@ -39,7 +39,7 @@ def test_it_is_measured_once_while_others_wait(tmp_path, monkeypatch):
     (path,) = (tmp_path / "digits" / "tuning").glob("[!.]*.json")
     kept = json.loads(path.read_text())
     assert (kept["batch_size"], kept["precision"]) == (40, "float32")
-    assert "threads" in kept["hardware"]
+    assert "thread" in kept["hardware"]
     other = small("neq", "recipe.batch_size=20").suite
     tuning.kept(Store(tmp_path, "digits"), other, model)
     assert len(calls) == 2

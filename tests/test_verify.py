@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_flops import MODELS
+from test_flops import MODELS, _Apply
 from torch import nn
 
 import neq
@@ -90,6 +90,37 @@ def test_fused_attention_makes_all_its_products_or_none(frozen):
     counted = costs.backward(mask, BATCH)
     assert set(measured(model, (5, 8), mask)) == {counted.executed}
     assert (counted.executed > counted.required) == (len(frozen) < 3)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "cut"])
+@pytest.mark.parametrize("kernel", ["gather", "gather/8", "swap", "swap/3", "swap/last"])
+def test_every_kernel_is_counted_as_planned(kernel, gradient):
+    model, shape = resnet8(), (1, 16, 16)
+    costs = measure(model, shape)
+    timings = neq.Timings(
+        {
+            layer.name: {"dense": {layer.size: 1.0}, kernel: {layer.size - 1: 0.1}}
+            for layer in costs.neurons.layers
+            if layer.name.endswith("conv2")  # stride 1
+        }
+    )
+    mask = draw(costs, 0.6, 0)
+    plan = neq.plan(costs.neurons, mask, gradient, timings)
+    assert kernel in {part.kernel for part in plan.values()}
+    counted = costs.backward(mask, BATCH, plan)
+    assert set(measured(model, shape, mask, gradient, timings)) == {counted.executed}
+
+
+def use_twice(m, x):
+    return m.head(nn.functional.linear(m.embed(x), m.embed.weight))
+
+
+def test_a_weight_that_a_function_uses_too_is_never_frozen():
+    model = _Apply(use_twice, embed=nn.Linear(4, 4), head=nn.Linear(4, 3))
+    costs = measure(model, (5, 4))
+    assert costs.dense_only == {"embed": "a function uses its weight, too"}
+    assert costs.called.tolist() == [False] * 4 + [True] * 3
+    check(model, (5, 4), 1.0, 0, "exact")
 
 
 def test_the_model_is_left_as_it_was(net):

@@ -23,7 +23,8 @@ class MethodRow:
     of deciding in: 1 − (executed + overhead) / dense; `saved_paper` is the published way.
     `difference` is to the baseline, over the seeds that both have, in units of the metric.
     `label` is the method with the parameters in which it differs from another of its name.
-    `seconds_train` of a trial: None where trials of the group ran on different devices.
+    `seconds_train` and `seconds_decide` of a trial: None where trials of the group ran on
+    different devices.
     """
 
     method: str
@@ -46,6 +47,7 @@ class MethodRow:
     saved: float
     saved_paper: float
     seconds_train: float | None
+    seconds_decide: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +172,8 @@ def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
         executed=("executed", "mean"),
         overhead=("overhead", "mean"),
         paper_dense=("paper", "first"),  # everything trains in epoch 0
-        seconds=("seconds_train", "sum"),
+        seconds_train=("seconds_train", "sum"),
+        seconds_decide=("seconds_equilibrium", "sum"),
     )
 
 
@@ -189,7 +192,9 @@ def _label(rows: pd.DataFrame, everything: pd.DataFrame) -> str:
     namesakes = everything[everything["method"] == name]["parameters"].unique()
     others = [json.loads(parameters) for parameters in namesakes]
     differing = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
-    return " ".join([name, *(f"{key}={mine[key]}" for key in differing)])
+    unnamed = mine.get("gradient") == "cut" and "cut" not in name and "gradient" not in differing
+    cut = ["gradient=cut"] if unnamed else []
+    return " ".join([name, *(f"{key}={mine[key]}" for key in differing), *cut])
 
 
 def _method(rows: pd.DataFrame, label: str, baseline: "pd.Series[float]", timed: bool) -> MethodRow:
@@ -218,5 +223,6 @@ def _method(rows: pd.DataFrame, label: str, baseline: "pd.Series[float]", timed:
         overhead_share=float(means["overhead"] / means["dense"]),
         saved=float(1 - (means["executed"] + means["overhead"]) / means["dense"]),
         saved_paper=float(1 - means["paper"] / means["paper_dense"]),
-        seconds_train=float(rows["seconds"].mean()) if timed else None,
+        seconds_train=float(rows["seconds_train"].mean()) if timed else None,
+        seconds_decide=float(rows["seconds_decide"].mean()) if timed else None,
     )

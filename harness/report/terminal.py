@@ -13,7 +13,7 @@ from harness.report.model import GroupTable, MethodRow
 NOTE = (
     "FLOPs: backward of one sample, mean over epochs; {dense} {unit}FLOPs dense. executed: what "
     "the kernels did; its saving counts the cost of deciding in. {required}paper: the published "
-    "convention, {paper_dense} {unit}FLOPs with nothing frozen."
+    "convention, {paper_dense} {unit}FLOPs with nothing frozen. train: seconds, with deciding."
 )
 REQUIRED = "required: the least that would have done. "
 CUT = "gradient cut: an approximation; no gradient flowed through frozen neurons."
@@ -115,11 +115,14 @@ def _cells(row: MethodRow, scale: float, wide: bool) -> list[str]:
         f"{100 * row.saved:.1f}",
         f"{row.paper / scale:.2f}",
         f"{100 * row.saved_paper:.1f}",
-        "–" if row.seconds_train is None else _seconds(row.seconds_train),
+        _seconds(row),
     ]
 
 
-def _seconds(seconds: float) -> str:
+def _seconds(row: MethodRow) -> str:
+    if row.seconds_train is None or row.seconds_decide is None:
+        return "–"
+    seconds = row.seconds_train + row.seconds_decide
     return f"{seconds:.0f}" if seconds >= 1000 else f"{seconds:.1f}"
 
 
