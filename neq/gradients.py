@@ -45,6 +45,7 @@ class SelectiveGradients:
         self._cut = gradient == "cut"
         self._rows: dict[Tensor, Tensor] = {}
         self._whole: dict[Tensor, None] = {}
+        self._cleared: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and versions, until a step
         self._handles: list[RemovableHandle] = []
         self._tie: RemovableHandle | None = None
         self.plan: dict[str, LayerPlan] = {}
@@ -99,7 +100,10 @@ class SelectiveGradients:
     def apply(self) -> None:
         """Clear what the hooks could not see: gradients that were there before, or assigned."""
         for parameter in (*self._whole, *self._rows):
-            self._clear(parameter)
+            gradient, version = self._cleared.get(parameter, (None, 0))
+            if gradient is None or gradient is not parameter.grad or gradient._version != version:
+                self._clear(parameter)
+        self._cleared.clear()
 
     def complete(self) -> None:
         """Zeros where a layer frozen whole has cut a trainable parameter off."""
@@ -116,6 +120,7 @@ class SelectiveGradients:
                 parameter.grad = None
             return
         gradient.detach().index_fill_(0, rows, 0)
+        self._cleared[parameter] = gradient, gradient._version
 
     def remove(self) -> None:
         """Back to plain layers and gradients."""
@@ -130,6 +135,7 @@ class SelectiveGradients:
         self._handles.clear()
         self._rows.clear()
         self._whole.clear()
+        self._cleared.clear()
 
 
 def _work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> Work | None:
