@@ -7,24 +7,19 @@ what its kernels really do.
 """
 
 import copy
-import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import neq
+from harness.forward import Forward
 from harness.graph import Call, Graph, Product, trace
 from neq import Layer, LayerPlan, NeuronIndex
 
 BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
-UNCOUNTED = {"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::bilinear"}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +113,8 @@ class Costs:
         self,
         neurons: NeuronIndex,
         graph: Graph,
-        train: "_Forward",
-        evaluation: "_Forward",
+        train: Forward,
+        evaluation: Forward,
         numbers: dict[int, int],
     ) -> None:
         self.neurons = neurons
@@ -262,96 +257,6 @@ def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
     numbers = {id(p): i for i, p in enumerate(model.parameters())}
     with torch.random.fork_rng([]):
         graph = trace(model.train(), inputs, neurons, numbers)
-        train = _Forward(model, inputs, neurons)
-        evaluation = _Forward(model.eval(), inputs, neurons)
+        train = Forward(model, inputs, neurons)
+        evaluation = Forward(model.eval(), inputs, neurons)
     return Costs(neurons, graph, train, evaluation, numbers)
-
-
-class _Forward:
-    """fvcore's multiply-accumulates of one forward over the batch: `total`, and by layer.
-
-    "rule" holds what the paper's convention counts of them (convolution and linear), "all" the
-    whole.
-    """
-
-    def __init__(self, model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> None:
-        by_module, skipped = _fvcore(model, inputs)
-        self.uncounted = sorted(skipped & UNCOUNTED)
-        self.total, self.rule = _products(by_module[""]), _ruled(by_module[""])
-        self.by_layer = {
-            name: {"all": _products(by_module[name]), "rule": _ruled(by_module[name])}
-            for name in neurons
-        }
-
-
-def _products(count: Counter[str]) -> int:
-    return int(sum(count[name] for name in PRODUCTS))
-
-
-def _ruled(count: Counter[str]) -> int:
-    return int(count["conv"] + count["linear"] + count["addmm"])
-
-
-def _fvcore(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Counter[str]], set[str]]:
-    from fvcore.nn import FlopCountAnalysis
-
-    analysis = FlopCountAnalysis(model, inputs)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
-    analysis.set_op_handle("aten::_convolution_mode", _convolution_mode)
-    analysis.set_op_handle("aten::baddbmm", _baddbmm)
-    analysis.set_op_handle("aten::matmul", _matmul)
-    analysis.set_op_handle("aten::einsum", _einsum)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    analysis.tracer_warnings("none")
-    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    counted = dict(analysis.by_module_and_operator())
-    return counted, set(analysis.unsupported_ops())
-
-
-def _shape(value: Any) -> list[int]:
-    return list(value.type().sizes())
-
-
-def _attention(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
-    """Queries by keys, probabilities by values."""
-    query, key, value = (_shape(v) for v in inputs[:3])
-    return Counter(attention=prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
-
-
-def _matmul(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """fvcore's own handle knows no vectors and no batch on the right alone."""
-    return Counter(matmul=prod(_shape(outputs[0])) * _shape(inputs[0])[-1])
-
-
-def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
-    """Products of all indices; fvcore's own handle reads the figure from rounded text."""
-    left, arrow, output = inputs[0].toIValue().replace(" ", "").partition("->")
-    operands: list[set[str]] = []
-    sizes: dict[str, int] = {}
-    for letters, operand in zip(left.split(","), inputs[1].node().inputs(), strict=True):
-        shape = _shape(operand)
-        named = len(letters.replace("...", ""))
-        batch = "".join(chr(0x400 + i) for i in range(len(shape) - named, 0, -1))
-        operands.append(set(letters.replace("...", batch)))
-        for letter, size in zip(letters.replace("...", batch), shape, strict=True):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    if not arrow:
-        output = "".join(letter for letter in sizes if left.count(letter) == 1)
-    kept = set(output) | {letter for letter in sizes if ord(letter) > 0x400}
-    total, done = 0, operands[0]
-    for place, right in enumerate(operands[1:], start=1):  # two at a time, as torch does
-        later = kept.union(*operands[place + 1 :])
-        both = (done & (right | later)) | (right & (done | later))
-        total += prod(sizes[letter] for letter in both)
-        done = both & later
-    return Counter(einsum=total)
-
-
-def _convolution_mode(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """A convolution with padding="same" or "valid"."""
-    return Counter(conv=prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:]))
-
-
-def _baddbmm(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
-    left, right = (_shape(v) for v in inputs[1:3])
-    return Counter(baddbmm=prod(left) * right[-1])
