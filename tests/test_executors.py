@@ -89,7 +89,7 @@ def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(tmp_path):
     methods = ("baseline", "neq", "random", "freeze_after")
     specs = [small(method, "recipe.epochs=4") for method in methods]
     for root in ("inline", "ray"):
-        keep_tuning(specs[0].suite, tmp_path / root)
+        keep_tuning(specs[0], tmp_path / root)
     list(Inline().run(specs, str(tmp_path / "inline")))
     lengths, events = [], []
     for spec, event in Ray().run(specs, str(tmp_path / "ray")):
@@ -108,7 +108,7 @@ def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(tmp_path):
 def test_a_killed_worker_comes_back_from_its_checkpoint(tmp_path, own_suite):
     spec = small("neq", suite=str(own_suite))
     for root in ("through", "ray"):
-        keep_tuning(spec.suite, tmp_path / root)
+        keep_tuning(spec, tmp_path / root)
     list(Inline().run([spec], str(tmp_path / "through")))
     events, killed = [], False
     for owner, event in Ray().run([spec], str(tmp_path / "ray")):

@@ -165,7 +165,7 @@ def test_a_full_disk_is_a_failure_that_stops_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     spec = small("baseline")
-    keep_tuning(spec.suite, tmp_path)
+    keep_tuning(spec, tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     *_, last = run(spec, tmp_path)
     assert isinstance(last, Failure)

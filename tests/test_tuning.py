@@ -47,11 +47,11 @@ def test_it_is_measured_once_while_others_wait(tmp_path, monkeypatch):
 
 def test_a_damaged_file_is_named(tmp_path):
     spec = small("baseline")
-    keep_tuning(spec.suite, tmp_path)
+    keep_tuning(spec, tmp_path)
     (path,) = (tmp_path / "digits" / "tuning").glob("[!.]*.json")
     path.write_text("{")
     with pytest.raises(UserError, match="is damaged; delete it"):
-        keep_tuning(spec.suite, tmp_path)
+        keep_tuning(spec, tmp_path)
 
 
 def test_tuning_leaves_model_and_random_streams_alone(net):
@@ -99,7 +99,7 @@ def test_a_trial_uses_it_and_keeps_its_own(tmp_path, monkeypatch):
 
 def test_cut_is_named_and_counted(tmp_path):
     spec = small("neq-cut")
-    keep_tuning(spec.suite, tmp_path)
+    keep_tuning(spec, tmp_path)
     run(spec, tmp_path)
     trial = Store(tmp_path, "digits").trial(spec.key)
     assert json.loads(trial["parameters"])["gradient"] == "cut"

@@ -30,11 +30,11 @@ def small(method, *settings, seed=0, suite="digits"):
     return spec
 
 
-def keep_tuning(suite, root, channels_last=False):
+def keep_tuning(spec, root):
     """Nothing is left to the clock: every root gets the same choices, and none is measured."""
-    chosen = tuning.Tuning(channels_last)
+    suite, chosen = spec.suite, tuning.Tuning()
     with patch.object(tuning, "tune", lambda *_: chosen), torch.random.fork_rng():
-        model = suites.build_model("suites.resnet:resnet8", ".", {})  # any one on the device
+        model = suites.build_model(suite.model.build, spec.folder, suite.model.arguments)
         threads = torch.get_num_threads()
         torch.set_num_threads(suite.resources.cpus)
         tuning.kept(Store(root, suite.name), suite, model)
@@ -43,7 +43,7 @@ def keep_tuning(suite, root, channels_last=False):
 
 def run(spec, root, epochs=None):
     """The trial's events; stopped from outside after `epochs` records."""
-    keep_tuning(spec.suite, root)
+    keep_tuning(spec, root)
     seen = []
     events = supervised(spec, str(root), SLOT)
     for event in events:
