@@ -53,6 +53,7 @@ class SelectiveGradients:
     def select(self, frozen: Tensor, timings: Timings) -> None:
         """Frozen from now on: bool [neurons of the whole index]."""
         self._forget()
+        self.plan = {}
         for layer in self._layers:
             mask = frozen[layer.neurons]
             rows = mask.nonzero().squeeze(1)
