@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import mean, median, quantiles
-from textwrap import fill
 from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 import neq
@@ -21,8 +19,10 @@ from harness.count import Subject
 from harness.errors import UserError
 from harness.flops import Backward
 from harness.provenance import hardware
+from harness.report.terminal import say
 from harness.trial import build_optimizer
-from harness.tuning import Tuning, autocast, numerics, square, stopwatch, tune
+from harness.tuning import Tuning, autocast, numerics, square, tune
+from neq.timings import stopwatch
 
 PAIRS = (8, 60)  # of dense and frozen steps for each row; the first pair warms up
 SECONDS = 3.0  # after which the smaller number of pairs is enough
@@ -280,16 +280,16 @@ TITLES = {
 def show(speed: Speed, console: Console) -> None:
     """A table for each way of freezing, a bar for the time of each row."""
     layout = ", channels_last" if speed.channels_last else ""
-    _say(console, f"{speed.name}: batch {speed.batch}, {speed.precision}{layout}", "bold")
-    _say(console, speed.device, "dim")
+    say(f"{speed.name}: batch {speed.batch}, {speed.precision}{layout}", console, "bold")
+    say(speed.device, console, "dim")
     for kind in KINDS:
         rows = [row for row in speed.rows if (row.granularity, row.gradient) == kind]
         console.print(_grid(TITLES[kind], rows))
-    _say(
-        console,
+    say(
         "Times and FLOPs over those of the dense model: medians over pairs of frozen and dense "
         "steps, with quartiles. With every input gradient, but the head's weight gradient alone, "
         f"the backward takes {speed.rows[0].floor_ratio:.2f}.",
+        console,
     )
 
 
@@ -311,7 +311,3 @@ def _grid(title: str, rows: list[Row]) -> Table:
             "█" * round(BAR * min(row.backward_ratio, 1.2)),
         )
     return table
-
-
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(fill(text, console.width), style=style))

@@ -28,7 +28,8 @@ from harness.records import EpochRecord
 from harness.rows import Failure, Rows, Slot
 from harness.storage import Store
 from harness.streams import seed_globals
-from harness.tuning import Tuning, autocast, kept, numerics, stopwatch
+from harness.tuning import Tuning, autocast, kept, numerics
+from neq.timings import stopwatch
 
 
 class DivergedError(Exception):

@@ -21,6 +21,7 @@ from harness.config import NUMERICS, Suite, digest
 from harness.errors import UserError
 from harness.provenance import hardware
 from harness.storage import Store
+from neq.timings import stopwatch
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GAIN = 0.9  # channels_last is taken where its step takes less than this share of the other's time
@@ -135,19 +136,3 @@ def square(outputs: Any) -> Tensor:
     """A loss for any outputs: the mean square of all of them."""
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
     return torch.stack([t.float().square().mean() for t in tensors]).sum()
-
-
-@contextmanager
-def stopwatch(device: torch.device) -> Iterator[list[float]]:
-    """A list to which the seconds of the block are appended, the device's own work included."""
-    seconds: list[float] = []
-    _wait(device)
-    start = time.perf_counter()
-    yield seconds
-    _wait(device)
-    seconds.append(time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

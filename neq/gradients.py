@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from neq.kernels import MULTIPLES, choose, everything
+from neq.kernels import rows_for
 from neq.neurons import Layer, NeuronIndex
 from neq.selective import Work, geometry, select, selecting
 from neq.timings import Timings
@@ -147,19 +147,14 @@ def _work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> Work | N
         return Work("skip", None, cut, shape)
     linear = isinstance(layer.module, nn.Linear)
     if shape is None and not linear:
-        return Work("dense", everything(frozen), cut, None) if cut else None
-    groups, inputs = (1, 1) if shape is None else (shape.groups, shape.groups * shape.weight[1])
-    rows = choose(frozen, groups, inputs)
-    kernel = timings.kernel(layer.name, len(rows.index), layer.size)
+        return Work("dense", rows_for("dense", frozen, None), cut, None) if cut else None
+    fewest = len(rows_for("gather", frozen, shape).index)
+    kernel = timings.kernel(layer.name, fewest, layer.size)
     if kernel == "dense" and not cut:
         return None
-    if kernel == "dense" and timings.cut_pays(layer.name, len(rows.index), layer.size):
+    if kernel == "dense" and timings.cut_pays(layer.name, fewest, layer.size):
         kernel = "gather"
-    if kernel == "dense":
-        rows = everything(frozen, groups)
-    elif kernel in MULTIPLES:
-        rows = choose(frozen, groups, inputs, MULTIPLES[kernel])
-    return Work(kernel, rows, cut, shape)
+    return Work(kernel, rows_for(kernel, frozen, shape), cut, shape)
 
 
 def _plan(layer: Layer, work: Work | None, cut: bool) -> LayerPlan:

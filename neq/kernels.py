@@ -208,6 +208,14 @@ MULTIPLES = {"gather/8": 8}
 MOST = {"swap/3": 6, "swap/last": 16}
 
 
+def rows_for(kernel: str, frozen: Tensor, shape: Geometry | None) -> Rows:
+    """The rows that `kernel` computes in a layer of `shape`, None if it is no convolution."""
+    groups, inputs = (1, 1) if shape is None else (shape.groups, shape.groups * shape.weight[1])
+    if kernel == "dense":
+        return everything(frozen, groups)
+    return choose(frozen, groups, inputs, MULTIPLES.get(kernel, 1))
+
+
 def candidates(geometry: Geometry | None, inputs: Tensor, dtype: torch.dtype) -> list[str]:
     """Kernels worth a trial on `inputs` in that precision; a geometry of None: a linear layer."""
     half, cuda = dtype in (torch.float16, torch.bfloat16), inputs.is_cuda

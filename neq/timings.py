@@ -6,7 +6,8 @@ differently. A table that is kept makes the choice fast and repeatable.
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq.kernels import MOST, MULTIPLES, candidates, choose
+from neq.kernels import MOST, candidates, rows_for
 from neq.neurons import Layer, NeuronIndex
 from neq.selective import Work, geometry, select
 
@@ -131,12 +132,14 @@ def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
 
         return hook
 
-    for layer in NeuronIndex(model).layers:
-        if geometry(layer.module) or isinstance(layer.module, nn.Linear):
-            layer.module.register_forward_pre_hook(recorder(layer), with_kwargs=True)
+    handles = [
+        layer.module.register_forward_pre_hook(recorder(layer), with_kwargs=True)
+        for layer in NeuronIndex(model).layers
+        if geometry(layer.module) or isinstance(layer.module, nn.Linear)
+    ]
     model(inputs)
-    for layer, _ in calls.values():
-        layer.module._forward_pre_hooks.clear()
+    for handle in handles:
+        handle.remove()
     return list(calls.values())
 
 
@@ -160,7 +163,6 @@ def _time(layer: Layer, sample: _Sample) -> dict[str, dict[int, float]]:
 
 def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[tuple[str, int, Work | None]]:
     shape = geometry(layer.module)
-    groups, inputs = (1, 1) if shape is None else (shape.groups, x.shape[1])
     runs: list[tuple[str, int, Work | None]] = [("dense", layer.size, None)]
     for count in sorted({3, *(ceil(layer.size * k / 8) for k in range(1, 8))}):
         if count >= layer.size:
@@ -168,7 +170,7 @@ def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[tuple[str, int, W
         frozen = torch.ones(layer.size, dtype=torch.bool, device=x.device)
         frozen[torch.randperm(layer.size)[:count]] = False
         for kernel in candidates(shape, x, dtype):
-            rows = choose(frozen, groups, inputs, MULTIPLES.get(kernel, 1))
+            rows = rows_for(kernel, frozen, shape)
             computed = len(rows.index)
             if computed < layer.size and computed <= MOST.get(kernel, layer.size):
                 runs.append((kernel, computed, Work(kernel, rows, False, shape)))
@@ -178,16 +180,24 @@ def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[tuple[str, int, W
 
 
 def _once(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
-    _wait(x)
-    start = time.perf_counter()
-    module(x).backward(gradient)
-    _wait(x)
-    seconds = time.perf_counter() - start
+    with stopwatch(x.device) as seconds:
+        module(x).backward(gradient)
     for tensor in (x, *module.parameters()):
         tensor.grad = None
-    return seconds
+    return seconds[0]
 
 
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+@contextmanager
+def stopwatch(device: torch.device) -> Iterator[list[float]]:
+    """A list to which the seconds of the block are appended, the device's own work included."""
+    seconds: list[float] = []
+    _wait(device)
+    start = time.perf_counter()
+    yield seconds
+    _wait(device)
+    seconds.append(time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -31,7 +31,7 @@ def show(tables: list[GroupTable], console: Console) -> None:
 def _show(table: GroupTable, console: Console) -> None:
     console.print(Text(f"{table.suite}: {table.title}", style="bold"))
     for facts in _facts(table):
-        _say(facts, console, style="dim")
+        say(facts, console, style="dim")
     if table.methods:
         unit, scale = _unit(table.dense)
         wide = console.width >= WIDE
@@ -42,22 +42,22 @@ def _show(table: GroupTable, console: Console) -> None:
             paper_dense=f"{table.paper_dense / scale:.2f}",
             required=REQUIRED if wide else "",
         )
-        _say(note, console)
+        say(note, console)
         for row in table.methods:
             parameters = {k: v for k, v in row.parameters.items() if k != "kind"}
             if parameters:
-                _say(f"{row.label}: {_listed(parameters)}", console, style="dim")
+                say(f"{row.label}: {_listed(parameters)}", console, style="dim")
         if any(row.parameters.get("gradient") == "cut" for row in table.methods):
-            _say(CUT, console)
+            say(CUT, console)
         if len(table.devices) > 1:
-            _say(MIXED, console)
+            say(MIXED, console)
         elif table.timing_shared:
-            _say(SHARED, console)
+            say(SHARED, console)
     else:
-        _say("No trial is finished yet.", console)
+        say("No trial is finished yet.", console)
     for what, lines in (("Unfinished", table.unfinished), ("Failed", table.failed)):
         for line in lines:
-            _say(f"{what}: {line}", console, style="red" if what == "Failed" else "yellow")
+            say(f"{what}: {line}", console, style="red" if what == "Failed" else "yellow")
     console.print()
 
 
@@ -131,5 +131,6 @@ def _unit(flops: float) -> tuple[str, float]:
     return next(((unit, scale) for unit, scale in units if flops >= scale), ("", 1.0))
 
 
-def _say(text: str, console: Console, style: str = "") -> None:
+def say(text: str, console: Console, style: str = "") -> None:
+    """`text`, filled to the console's width."""
     console.print(Text(fill(text, console.width), style=style))
