@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neq.neurons import Layer, NeuronIndex
+from neq.parallel import add_up
+
+CHUNK = 2**22  # elements of an output that are compared in float64 at a time
 
 Similarity = Literal["dataset", "sample"]
 Recursion = Literal["paper", "reference"]
@@ -91,9 +94,7 @@ def phi(
             comparison.recording = False
             functional_call(model, _arguments(model, _state(model)), (inputs,))
             comparison.end()
-    if not comparison.batches:
-        raise ValueError("the validation set is empty: phi needs at least one sample")
-    return comparison.result()
+    return comparison.result(device)
 
 
 class _Comparison:
@@ -143,33 +144,48 @@ class _Comparison:
         if not recorded or recorded[0].shape != output.shape:
             self._unmatched.add(layer.name)  # routed by the data: no like to compare with
             return
-        a = _by_sample(recorded.pop(0), layer.axis, self._samples)
-        b = _by_sample(output, layer.axis, self._samples)
-        sums = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
+        sums = _sums(recorded.pop(0), output, layer.axis, self._samples)
         self._batch[layer.name] = self._batch.get(layer.name, 0.0) + sums
 
     def end(self) -> None:
         self._unmatched.update(name for name, left in self._before.items() if left)
         for name, sums in self._batch.items():
-            values = sums.sum(1) if self.similarity == "dataset" else _cosine(sums).sum(0)
-            self._total[name] = self._total.get(name, 0.0) + values
+            per_sample = sums if self.similarity == "dataset" else _cosine(sums).unsqueeze(0)
+            self._total[name] = self._total.get(name, 0.0) + per_sample.sum(1)
             self._count[name] += sums.shape[1]
 
-    def result(self) -> Tensor:
-        result = torch.full((len(self.neurons),), torch.nan, dtype=torch.float64)
-        for name, total in self._total.items():
-            if name not in self._unmatched:
-                dataset = self.similarity == "dataset"
-                values = _cosine(total) if dataset else total / self._count[name]
-                result[self.neurons[name]] = values.cpu()
-        return result
+    def result(self, device: torch.device) -> Tensor:
+        """Over the samples of all ranks: float64 [neurons]."""
+        layers = self.neurons.layers
+        sums = torch.zeros(3, len(self.neurons), dtype=torch.float64, device=device)
+        for layer in layers:
+            if layer.name in self._total:
+                total = self._total[layer.name]
+                sums[: len(total), layer.neurons] = total
+        counts = [self._count[layer.name] for layer in layers]
+        unmatched = [int(layer.name in self._unmatched) for layer in layers]
+        seen = torch.tensor([*counts, *unmatched, self.batches], device=device)
+        sums, seen = add_up(sums).cpu(), add_up(seen).cpu()
+        if not seen[-1]:
+            raise ValueError("the validation set is empty: phi needs at least one sample")
+        sizes = torch.tensor([layer.size for layer in layers])
+        count, missing = seen[:-1].view(2, -1).repeat_interleave(sizes, 1)
+        values = _cosine(sums) if self.similarity == "dataset" else sums[0] / count
+        return torch.where((count > 0) & (missing == 0), values, torch.nan)
 
 
-def _by_sample(output: Tensor, axis: int, samples: int) -> Tensor:
-    """float64 [samples, positions, neurons]; one row where samples are not the outermost axis."""
-    output = output.detach().to(torch.float64).movedim(axis, -1)
-    outermost = output.shape[0] % samples == 0
-    return output.reshape(samples if outermost else 1, -1, output.shape[-1])
+def _sums(a: Tensor, b: Tensor, axis: int, samples: int) -> Tensor:
+    """(a·b, a·a, b·b) by sample and neuron: float64 [3, samples, neurons]; one row where samples
+    are not the outermost axis.
+    """
+    rows = samples if a.dim() > 1 and a.movedim(axis, -1).shape[0] % samples == 0 else 1
+    a, b = (x.detach().movedim(axis, -1).unflatten(0, (rows, -1)) for x in (a, b))
+    parts = []
+    length = max(CHUNK * rows // max(a.numel(), 1), 1)
+    for part in zip(a.split(length), b.split(length), strict=True):
+        x, y = (p.to(torch.float64).reshape(len(p), -1, p.shape[-1]) for p in part)
+        parts.append(torch.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)]))
+    return torch.cat(parts, dim=1)
 
 
 def _cosine(sums: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from neq.equilibrium import Reading, Similarity, phi, snapshot
 from neq.gradients import Gradient, LayerPlan, SelectiveGradients
 from neq.neurons import NeuronIndex
+from neq.parallel import broadcast, broadcast_buffers
 from neq.policies import AtEquilibrium, Policy
 from neq.timings import Timings
 
@@ -77,9 +78,12 @@ class NeuronFreezer:
         """Read phi, delta-phi and velocity, then freeze and unfreeze for the coming epoch.
 
         `validation_batches`: input tensors [samples, …], or tuples that begin with one, as a
-        DataLoader yields them; not looked at by a policy that needs no velocity.
+        DataLoader yields them; not looked at by a policy that needs no velocity. Where
+        torch.distributed has several processes all of them call this, each with its share of the
+        samples (no padding, no repeats): they get rank 0's buffers, one reading and one mask.
         """
         if self.policy.needs_velocity:
+            broadcast_buffers(self._model)
             if self._before is not None:
                 values = phi(
                     self._model, self._before, validation_batches, self.neurons, self.similarity
@@ -92,7 +96,7 @@ class NeuronFreezer:
         mask = torch.zeros_like(self.frozen)
         if self.epoch:
             mask = self.policy.frozen(self.epoch, self.neurons, self.reading.velocity)
-        self.freeze(mask)
+        self.freeze(broadcast(mask.to(next(self._model.parameters()).device)))
         self.epoch += 1
 
     @property
