@@ -31,6 +31,7 @@ Input = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw of frozen neurons.")]
 Methods = Annotated[str | None, typer.Option(help="Which methods: baseline,neq.")]
 Seeds = Annotated[str | None, typer.Option(help="Which seeds: 0-4 or 0,2.")]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="On noise of the right shape.")]
 Results = Annotated[str, typer.Option(metavar="ROOT", help="Where results lie.")]
 Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or for programs.")]
 
@@ -88,13 +89,14 @@ def plan(
     settings: Settings = None,
     methods: Methods = None,
     seeds: Seeds = None,
+    synthetic: Synthetic = False,
     results: Results = "results",
     format: Format = "rich",
 ) -> None:
     """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
     from harness.plan import specs, states
 
-    planned = states(specs(suite, settings or (), methods, seeds), results)
+    planned = states(specs(suite, settings or (), methods, seeds, synthetic=synthetic), results)
     if format == "json":
         _json(
             [
@@ -124,6 +126,7 @@ def run(
     settings: Settings = None,
     methods: Methods = None,
     seeds: Seeds = None,
+    synthetic: Synthetic = False,
     results: Results = "results",
     executor: Annotated[
         Literal["ray", "inline"], typer.Option(help="Ray tasks, or this process.")
@@ -136,20 +139,44 @@ def run(
     ] = False,
 ) -> None:
     """Run what is not done yet, then print the report. The same command resumes."""
+    from harness.run import Wanted
     from harness.run import run as run_suite
 
-    failed = run_suite(
-        suite,
-        settings or (),
+    wanted = Wanted(
+        suite=suite,
+        settings=settings or (),
         methods=methods,
         seeds=seeds,
+        synthetic=synthetic,
         root=results,
         executor=executor,
         address=address,
         retry_failed=retry_failed,
-        console=_console(),
     )
+    failed = run_suite(wanted, _console())
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(suite: SuiteName, settings: Settings = None) -> None:
+    """Fetch or check a suite's data: layout, counts, and whether samples decode."""
+    from harness.prepare import prepare as fetch
+
+    fetch(suite, settings or (), _console())
+
+
+@app.command()
+def doctor(suite: SuiteName, settings: Settings = None) -> None:
+    """Say what a suite of one's own gets wrong."""
+    from harness.doctor import doctor as examine
+    from harness.doctor import show
+
+    console, wrong = _console(), False
+    for finding in examine(suite, settings or []):
+        show(finding, console)
+        wrong |= bool(finding.wrong)
+    if wrong:
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from harness.methods import MethodSpec, with_kinds
 
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
-NUMERICS = 2
+NUMERICS = 3
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 Size = Annotated[int, Field(ge=0, strict=True)]
@@ -45,23 +45,35 @@ class Named(BaseModel):
 
 
 class Model(Strict):
-    """`build(**arguments)` returns the module; `input` is the shape of one sample."""
+    """`build(**arguments)` returns the module; `input` is the shape of one sample.
+
+    `weights`: where training starts from: a file, "torchvision:NAME" or "timm:NAME" (default: from
+    scratch); `weights_into`: the part of the model that they are for. `unpublished`: layers that
+    the published count leaves out.
+    """
 
     build: ImportString
     arguments: dict[str, Any] = {}
     input: Annotated[tuple[Count, ...], Field(min_length=1)]
     exclude: tuple[str, ...] = ()
+    weights: str = ""
+    weights_into: str = ""
+    unpublished: tuple[str, ...] = ()
 
 
 class Data(Strict):
-    """`load(options)` returns the images; sizes are counted in images.
+    """`load(options)` returns the images; sizes are counted in images; `arguments` are its own.
 
     `train_size`: how many of the training set are used at all (default: every one);
     `validation_size`: how many of those are set aside for deciding. Both are drawn with
-    `split_seed`, the same for every run.
+    `split_seed`, the same for every run. `synthetic`: noise of the right shape instead.
+    `download(options)` fetches what is missing below `root`, for `neqbench prepare`.
     """
 
     load: ImportString
+    download: ImportString | None = None
+    arguments: dict[str, Any] = {}
+    synthetic: bool = False
     root: str = ""
     train_size: Count | None = None
     validation_size: Size
@@ -69,20 +81,63 @@ class Data(Strict):
 
 
 class Recipe(Strict):
-    """How a model is trained, in every trial of the suite."""
+    """How a model is trained, in every trial of the suite.
+
+    `batch_size`: samples of one optimizer step, of all workers together; `forward_batch`: how many
+    of them one worker computes at a time, and BatchNorm sees (default: all of its share; a last
+    batch may take a few more, so that no forward has a single sample). The gradient is that of the
+    mean of the forwards' mean losses, weighted by their samples.
+    `schedule`: how often the scheduler steps; its arguments count epochs either way.
+    `lr_factors`: of the parts of the model that have a learning rate of their own.
+    """
 
     epochs: Count
     batch_size: Count
+    forward_batch: Annotated[int, Field(ge=2, strict=True)] | None = None
     precision: Literal["float32", "bf16", "fp16"]
     optimizer: Named
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     scheduler: Named | None = None
+    schedule: Literal["epoch", "iteration"] = "epoch"
+
+    def forward_size(self, workers: int) -> int:
+        """Samples of one forward of one of `workers` workers, at the most."""
+        share = -(-self.batch_size // workers)
+        return min(self.forward_batch or share, share)
 
 
 class Resources(Strict):
-    """What one trial is given; "auto": one GPU where the machine or cluster has any."""
+    """What a trial is given: `cpus` for each of its `workers`, data-parallel processes.
+
+    `gpus`: of the whole trial; "auto": one for each worker where the machine or cluster has any.
+    Several GPUs make as many workers.
+    """
 
     cpus: Count = 1
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    workers: Count | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Resources":
+        gpus, workers = self.gpus, self.workers
+        if gpus == "auto" or gpus == 0:
+            return self
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus: a trial can have a share of one GPU or whole ones, not {gpus}")
+        if (workers not in (None, 1) and gpus != workers) or (workers == 1 and gpus > 1):
+            raise ValueError(f"gpus: {workers} workers need one GPU each, or none; got {gpus}")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Data-parallel processes of one trial."""
+        gpus = 1 if self.gpus == "auto" else max(int(self.gpus), 1)
+        return self.workers or gpus
+
+    @property
+    def gpus_each(self) -> float:
+        """Of one worker, where there are GPUs."""
+        return 1.0 if self.gpus == "auto" else self.gpus / self.world_size
 
 
 class Suite(Strict):
@@ -91,6 +146,7 @@ class Suite(Strict):
     name: Name
     title: str
     task: ImportString = "harness.tasks:Classification"
+    task_arguments: dict[str, Any] = {}
     model: Model
     data: Data
     recipe: Recipe
@@ -120,16 +176,18 @@ class Suite(Strict):
 
     def experiment(self) -> dict[str, Any]:
         """What all trials of a group share: everything that defines the numbers, no paths."""
-        values = self.model_dump(mode="json", include={"name", "task", "model", "data", "recipe"})
-        del values["data"]["root"]
-        return values | {"numerics": NUMERICS, "world_size": 1}
+        parts = {"name", "task", "task_arguments", "model", "data", "recipe"}
+        values = self.model_dump(mode="json", include=parts)
+        del values["data"]["root"], values["data"]["download"], values["model"]["weights"]
+        return values | {"numerics": NUMERICS, "world_size": self.resources.world_size}
 
 
 class TrialSpec(Strict):
     """One trial: a suite's experiment with one method and one seed, on data already seen.
 
     `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's;
-    `fingerprint`: of the data, from their content; `metric`: what the suite's task measures.
+    `fingerprint`: of the data, from their content; `weights`: of what training starts from;
+    `metric`: what the suite's task measures.
     """
 
     suite: Suite
@@ -138,13 +196,14 @@ class TrialSpec(Strict):
     seed: int
     code: str
     fingerprint: str
+    weights: str = ""
     data_name: str
     metric: str
 
     @property
     def group(self) -> str:
         """Hash of all but method and seed: what may stand in one table."""
-        seen = {"code": self.code, "data_fingerprint": self.fingerprint}
+        seen = {"code": self.code, "data_fingerprint": self.fingerprint, "weights": self.weights}
         return digest(self.suite.experiment() | seen)
 
     @property

@@ -15,6 +15,7 @@ from harness.config import Suite
 from harness.errors import UserError
 from harness.flops import BATCH, CONVOLUTIONS, Costs, measure
 from harness.verify import measured as counted_by_torch
+from neq import NeuronIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def subject(
         loaded, folder = suites.load(suite, settings)
         parts = loaded.model
         module = suites.build_model(parts.build, folder, parts.arguments)
-        costs = measured(module, parts.input)
+        costs = measured(module, parts.input, parts.unpublished)
         try:
             excluded = costs.neurons.select(parts.exclude)
         except ValueError as error:
@@ -115,10 +116,14 @@ def count(subject: Subject, share: float, seed: int, verify: bool) -> Counted:
         ) from error
 
 
-def measured(module: nn.Module, shape: tuple[int, ...]) -> Costs:
+def measured(module: nn.Module, shape: tuple[int, ...], unpublished: Sequence[str] = ()) -> Costs:
     """`flops.measure` of what the user named; raises UserError where it does not run."""
     try:
-        costs = measure(module, shape)
+        NeuronIndex(module).select(unpublished)
+    except ValueError as error:
+        raise UserError(f"model.unpublished: {error}") from None
+    try:
+        costs = measure(module, shape, unpublished)
     except Exception as error:
         raise UserError(
             f"the model does not run on an input of {'x'.join(map(str, shape))} "

@@ -6,14 +6,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from harness import parallel
 from harness.config import Resources, TrialSpec
 from harness.errors import UserError
 from harness.records import EpochRecord
 from harness.rows import Failure, Slot
 from harness.storage import Store
-from harness.trial import Event, lost, supervised
-
-MAX_RETRIES = 3
+from harness.together import MAX_RETRIES, workers_of
+from harness.trial import Broken, Event, lost, supervised
+from harness.tuning import check_precision
 
 Events = Generator[tuple[TrialSpec, Event | None]]
 
@@ -27,20 +28,43 @@ class Executor(Protocol):
 
 
 class Inline:
-    """One trial after the other, in this process."""
+    """One trial after the other, in this process, and in the others that torchrun has started."""
 
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
         """Events in the order of the trials."""
-        import torch
-
-        gpu = torch.cuda.is_available()
         for spec in specs:
-            wanted = spec.suite.resources.gpus
-            if wanted not in ("auto", 0) and not gpu:
-                raise UserError(_no_gpu(spec, "this machine"))
-            for event in supervised(spec, root, Slot(gpu and wanted != 0, 1)):
-                yield spec, event
+            slot = _slot_here(spec)
+            try:
+                for event in supervised(spec, root, slot):
+                    yield spec, event
+            except Broken as error:  # the other processes wait for this one: end them all
+                yield spec, Failure(str(error), "")
+                raise SystemExit(1) from error
             yield spec, None
+
+
+def _slot_here(spec: TrialSpec) -> Slot:
+    import torch
+
+    wanted = spec.suite.resources
+    gpu = torch.cuda.is_available() and wanted.gpus != 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel.workers() > 1 else 1
+    if wanted.gpus not in ("auto", 0) and not gpu:
+        raise UserError(_no_gpu(spec, "this machine"))
+    if gpu and here > torch.cuda.device_count():
+        raise UserError(
+            f"{here} workers on this machine need a GPU each, and it has "
+            f"{torch.cuda.device_count()}; start fewer, or run on the CPU with "
+            "--set resources.gpus=0"
+        )
+    if wanted.world_size != parallel.workers():
+        raise UserError(
+            f"suite {spec.suite.name}: one process can't be {wanted.world_size} workers; leave "
+            "--executor inline out, or start them with "
+            f"torchrun --nproc-per-node {wanted.world_size} -m harness run …"
+        )
+    check_precision(spec.suite.recipe.precision, parallel.device(gpu))
+    return Slot(gpu, 1)
 
 
 class Ray:
@@ -62,16 +86,19 @@ class Ray:
     def _run(self, waiting: list[TrialSpec], root: str) -> Events:
         import ray
 
-        # With max_calls the process ends with its trial, and gives its memory back.
-        task = ray.remote(max_calls=1)(supervised)
         running: dict[Any, _Task] = {}
         waiting = waiting[::-1]
+        if waiting:
+            _check_device(waiting[-1], _slots(waiting[-1], len(waiting))[1])
         while waiting or running:
             while waiting:
                 spec = waiting[-1]
                 slots, slot = _slots(spec, len(waiting) + len(running))
-                if len(running) >= 2 * slots:
+                together = spec.suite.resources.world_size > 1
+                if len(running) >= slots * (1 if together else 2):
                     break
+                # With max_calls the process ends with its trial, and gives its memory back.
+                task = ray.remote(max_calls=1)(workers_of if together else supervised)
                 stream = task.options(**_options(spec.suite.resources, slot))
                 running[stream.remote(spec, root, slot)] = _Task(waiting.pop(), root, slot)
             ready, _ = ray.wait(list(running), timeout=1.0, fetch_local=False)
@@ -114,10 +141,11 @@ class _Task:
 
 
 def _options(resources: Resources, slot: Slot) -> dict[str, Any]:
-    gpus = resources.gpus if resources.gpus != "auto" else 1
+    """Of a trial's task; one of several workers only watches over them."""
+    alone = resources.world_size == 1
     return {
-        "num_cpus": resources.cpus,
-        "num_gpus": gpus if slot.gpu else 0,
+        "num_cpus": resources.cpus if alone else 0,
+        "num_gpus": resources.gpus_each if slot.gpu and alone else 0,
         "num_returns": "streaming",
         "max_retries": MAX_RETRIES,
     }
@@ -133,20 +161,43 @@ def _slots(spec: TrialSpec, trials: int) -> tuple[int, Slot]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = spec.suite.resources
     any_gpu = any(node.get("GPU", 0) for node in nodes)
-    gpus = (1 if any_gpu else 0) if wanted.gpus == "auto" else wanted.gpus
+    gpus = wanted.gpus_each if any_gpu or wanted.gpus != "auto" else 0
     if gpus and not any_gpu:
         raise UserError(_no_gpu(spec, "the Ray cluster"))
     fitting = [
         int(min(node.get("CPU", 0) / wanted.cpus, node.get("GPU", 0) / gpus if gpus else 1e9))
         for node in nodes
     ]
-    if not any(fitting):
+    world = wanted.world_size
+    if sum(fitting) < world:
+        each = f"{world} workers with {wanted.cpus} CPUs and {gpus:g} GPUs each"
+        alone = f"{wanted.cpus} CPUs and {gpus:g} GPUs, more than any node of"
+        total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
         raise UserError(
-            f"suite {spec.suite.name}: one trial asks for {wanted.cpus} CPUs and {gpus} GPUs, "
-            "more than any node of the Ray cluster has; lower them with --set resources.cpus=…"
+            f"suite {spec.suite.name}: one trial asks for "
+            + (alone if world == 1 else f"{each}, more than there are in")
+            + f" the Ray cluster, with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs in all; "
+            "lower them with --set resources.cpus=… or resources.gpus=…"
         )
-    per_device = max(int(1 / gpus), 1) if gpus else max(fitting)
-    return sum(fitting), Slot(bool(gpus), min(per_device, trials))
+    per_device = max(int(1 / gpus), 1) if gpus else max(max(fitting) // world, 1)
+    return sum(fitting) // world, Slot(bool(gpus), min(per_device, trials))
+
+
+def _check_device(spec: TrialSpec, slot: Slot) -> None:
+    """Raises UserError where the cluster's GPU lacks the suite's precision."""
+    import ray
+
+    if not slot.gpu:
+        return
+    precision, gpus = spec.suite.recipe.precision, spec.suite.resources.gpus_each
+    try:
+        ray.get(ray.remote(max_calls=1)(_look).options(num_cpus=0, num_gpus=gpus).remote(precision))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
+
+
+def _look(precision: str) -> None:
+    check_precision(precision, parallel.device(gpu=True))
 
 
 def _no_gpu(spec: TrialSpec, where: str) -> str:

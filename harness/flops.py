@@ -116,8 +116,10 @@ class Costs:
         train: Forward,
         evaluation: Forward,
         numbers: dict[int, int],
+        unpublished: Iterable[str],
     ) -> None:
         self.neurons = neurons
+        self._unpublished = neurons.select(unpublished)
         self._graph = graph
         self._calls, self._products = graph.calls_and_products()
         self._numbers = numbers
@@ -157,6 +159,8 @@ class Costs:
             operations = 2 * elements
         learns = layer.parameters[0].requires_grad
         flops = 2 * count["all"]
+        if bool(self._unpublished[layer.neurons].all()):
+            operations = 0
         return _LayerCost(layer, flops, operations, calls, self._bits(layer), learns)
 
     def _bits(self, layer: Layer) -> int:
@@ -167,6 +171,11 @@ class Costs:
     def execution_order(self) -> list[str]:
         """Names of the layers that are called, in the order of their first call."""
         return list(dict.fromkeys(call.layer for call in self._calls))
+
+    def batch_within(self, memory: int, most: int) -> int:
+        """Samples, 1 to `most`, whose outputs of all layers fit into `memory` bytes as float32."""
+        elements = sum(call.elements for call in self._calls)
+        return min(max(memory * BATCH // (4 * elements), 1), most)
 
     @property
     def entrances(self) -> list[str]:
@@ -245,9 +254,10 @@ class Costs:
         return live
 
 
-def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
+def measure(model: nn.Module, shape: tuple[int, ...], unpublished: Iterable[str] = ()) -> Costs:
     """Count `model` (on a copy) on float inputs of `shape`, which has no batch dimension.
 
+    `unpublished`: names of layers, or dotted prefixes, that the published count leaves out.
     What a model does once per batch, whatever its size, is charged to the samples of a batch of
     two. Random streams are left as they were. Raises whatever the model raises on such an input.
     """
@@ -259,4 +269,4 @@ def measure(model: nn.Module, shape: tuple[int, ...]) -> Costs:
         graph = trace(model.train(), inputs, neurons, numbers)
         train = Forward(model, inputs, neurons)
         evaluation = Forward(model.eval(), inputs, neurons)
-    return Costs(neurons, graph, train, evaluation, numbers)
+    return Costs(neurons, graph, train, evaluation, numbers, unpublished)

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from harness import suites
-from harness.config import Suite, TrialSpec
-from harness.data import Images, load_images
+from harness import parallel, suites, weights
+from harness.config import Resources, Suite, TrialSpec
+from harness.data import load_data
 from harness.errors import UserError
 from harness.storage import Store
 
@@ -29,22 +27,21 @@ def specs(
     settings: Sequence[str] = (),
     methods: str | None = None,
     seeds: str | None = None,
+    synthetic: bool = False,
 ) -> list[TrialSpec]:
     """The suite's trials, seed by seed so that a run broken off has whole comparisons.
 
     `methods` and `seeds` are as on the command line: "baseline,neq", "0-4" or "0,2". Opens the
     data for their fingerprint. Raises UserError for anything wrong in suite, choice or data.
     """
-    suite, folder = suites.load(name, settings)
-    root = str(Path(suite.data.root).absolute()) if suite.data.root else ""
-    suite = suite.model_copy(update={"data": suite.data.model_copy(update={"root": root})})
+    suite, folder = located(*suites.load(name, settings), synthetic=synthetic)
     chosen = _methods(suite, methods)
     numbers = _seeds(seeds) if seeds is not None else suite.seeds
-    images = load_images(suite, folder)
-    _check_shape(suite, images)
-    fingerprint = images.fingerprint()
+    data = load_data(suite, folder)
+    fingerprint = data.fingerprint()
     code = suites.code(suite, folder, shipped=name in suites.builtin())
-    metric = suites.build(suite.task, folder, {}).metric
+    metric = suites.build_task(suite, folder).metric
+    identity = weights.identity(suite.model.weights)
     return [
         TrialSpec(
             suite=suite,
@@ -53,7 +50,8 @@ def specs(
             seed=seed,
             code=code,
             fingerprint=fingerprint,
-            data_name=images.name,
+            weights=identity,
+            data_name=data.name,
             metric=metric,
         )
         for seed in numbers
@@ -74,34 +72,37 @@ def states(trials: Sequence[TrialSpec], root: str) -> list[Planned]:
     return planned
 
 
-def check(trials: Sequence[TrialSpec]) -> None:
-    """Build everything once, so that what is wrong shows before hours are spent.
-
-    Raises UserError.
+def located(suite: Suite, folder: Path, *, synthetic: bool) -> tuple[Suite, Path]:
+    """The suite with absolute paths, on noise where that is asked for, and with as many workers as
+    torchrun has started; raises UserError where it asks for another number.
     """
-    from harness.count import measured
-    from harness.methods import Method
-    from harness.trial import build_optimizer
+    data, model = suite.data, suite.model
+    synthetic = synthetic or data.synthetic
+    root = str(Path(data.root).absolute()) if data.root else ""
+    weight = model.weights
+    if weight and weight.partition(":")[0] not in weights.LIBRARIES:
+        weight = str(Path(weight).absolute())
+    if synthetic:
+        root = weight = ""
+    changed = {
+        "data": data.model_copy(update={"root": root, "synthetic": synthetic}),
+        "model": model.model_copy(update={"weights": weight}),
+        "resources": _launched(suite),
+    }
+    return suite.model_copy(update=changed), folder
 
-    suite, folder = trials[0].suite, trials[0].folder
-    model = suites.build_model(suite.model.build, folder, suite.model.arguments)
-    measured(model, suite.model.input)
-    for name in dict.fromkeys(trial.method for trial in trials):
-        optimizer, _ = build_optimizer(suite.name, suite.recipe, model.parameters())
-        try:
-            method = Method(suite.methods[name], model, optimizer, suite.model.exclude, seed=0)
-        except ValueError as error:
-            raise UserError(f"suite {suite.name}: method {name} on this model: {error}") from None
-        method.freezer.remove()
 
-
-def _check_shape(suite: Suite, images: Images) -> None:
-    shape = tuple(images.train.read(torch.tensor([0])).shape[1:])
-    if shape != suite.model.input:
+def _launched(suite: Suite) -> Resources:
+    """With as many workers as torchrun has started; raises UserError where others are asked for."""
+    launched, wanted = parallel.launched(), suite.resources
+    if launched == 1 or wanted.world_size == launched:
+        return wanted
+    if wanted.world_size > 1:
         raise UserError(
-            f"suite {suite.name}: model.input is {list(suite.model.input)}, "
-            f"the images are {list(shape)}"
+            f"torchrun started {launched} processes, suite {suite.name} asks for "
+            f"{wanted.world_size} workers; make them equal"
         )
+    return wanted.model_copy(update={"workers": launched, "gpus": "auto" if wanted.gpus else 0})
 
 
 def _methods(suite: Suite, chosen: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """What a trial reports: one record per epoch, and the fixed schemas of the three tables."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -39,6 +39,11 @@ class EpochRecord:
     def row(self) -> dict[str, Any]:
         """As a row of the table."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Self:
+        """From a row of the table."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
 
 
 _IDENTITY = [

@@ -47,7 +47,7 @@ class Rows:
         self.spec, self.slot = spec, slot
         self.epochs: list[EpochRecord] = []
         self.threads = spec.suite.resources.cpus
-        self._store = store
+        self.store = store
         self._layers = SCHEMAS["layers"].empty_table()
         self._provenance = provenance(slot.gpu)
         self._hardware: dict[str, list[str | None]] = {
@@ -104,11 +104,7 @@ class Rows:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's rows."""
         tables = {name: from_bytes(state[name].numpy().tobytes()) for name in ("epochs", "layers")}
-        names = EpochRecord.__dataclass_fields__
-        self.epochs = [
-            EpochRecord(**{name: row[name] for name in names})
-            for row in tables["epochs"].to_pylist()
-        ]
+        self.epochs = [EpochRecord.of(row) for row in tables["epochs"].to_pylist()]
         self._layers = tables["layers"]
         self.threads = state["threads"]
         if self.complete:  # this attempt has nothing left to compute
@@ -122,10 +118,10 @@ class Rows:
     def publish(self, failure: Failure | None = None) -> None:
         """Rewrite the trial's parquet files."""
         if self.epochs:
-            self._store.write("layers", self.spec, self._layers)
-            self._store.write("epochs", self.spec, self._epochs_table())
+            self.store.write("layers", self.spec, self._layers)
+            self.store.write("epochs", self.spec, self._epochs_table())
         row = self._trial_row(failure)
-        self._store.write("trials", self.spec, identified(self.spec, [row], "trials"))
+        self.store.write("trials", self.spec, identified(self.spec, [row], "trials"))
 
     def _epochs_table(self) -> pa.Table:
         return identified(self.spec, [record.row() for record in self.epochs], "epochs")

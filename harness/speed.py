@@ -18,9 +18,9 @@ from harness.config import Named, Recipe, Suite
 from harness.count import Subject
 from harness.errors import UserError
 from harness.flops import Backward
+from harness.optimizers import build_optimizer
 from harness.provenance import hardware
 from harness.report.terminal import say
-from harness.trial import build_optimizer
 from harness.tuning import Tuning, autocast, numerics, square, tune
 from neq.timings import stopwatch
 
@@ -139,7 +139,8 @@ def _recipe(suite: Suite | None, batch: int | None, precision: Precision | None)
         raise UserError("--batch and --precision belong to --model; a suite's recipe has its own")
     if suite is not None:
         torch.set_num_threads(suite.resources.cpus)
-        return suite.recipe
+        size = suite.recipe.forward_size(suite.resources.world_size)
+        return suite.recipe.model_copy(update={"batch_size": size})
     if batch is not None and batch < 1:
         raise UserError(f"--batch {batch}: must be at least 1")
     arguments: Any = {"momentum": 0.9, "weight_decay": 5e-4, "lr": 0.1}
@@ -174,7 +175,7 @@ class _Bench:
     ) -> None:
         self.model, self.costs, self.tuning, self.device = model, subject.costs, tuning, device
         self.precision = recipe.precision
-        self.optimizer, _ = build_optimizer(subject.name, recipe, model.parameters())
+        self.optimizer, _ = build_optimizer(subject.name, recipe, model)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         images = torch.randn(recipe.batch_size, *subject.shape, device=device)

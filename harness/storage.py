@@ -65,6 +65,11 @@ class Store:
         kinds = ("epochs", "layers")
         return all((self.folder / kind / f"{key}.parquet").is_file() for kind in kinds)
 
+    def epochs(self, key: str) -> list[dict[str, Any]]:
+        """The trial's rows of `epochs`, as far as they are published."""
+        path = self.folder / "epochs" / f"{key}.parquet"
+        return _read(path, SCHEMAS["epochs"]).to_pylist() if path.is_file() else []
+
     def save_checkpoint(self, key: str, state: dict[str, Any]) -> None:
         """Commit: from here on the trial continues after this state."""
         import torch
@@ -115,6 +120,16 @@ class Store:
         return self.folder / "checkpoints" / f"{key}.pt"
 
 
+class Follower(Store):
+    """The store of a process that leaves tables to another one."""
+
+    def __init__(self, store: Store) -> None:
+        self.folder = store.folder
+
+    def write(self, kind: str, spec: TrialSpec, rows: pa.Table) -> None:
+        """Nothing."""
+
+
 def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Table:
     """`rows` as a table of `kind`, with the columns that say whose they are."""
     identity = {
@@ -142,7 +157,8 @@ def from_bytes(data: bytes) -> pa.Table:
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        table = pq.read_table(path, partitioning=None)
+        # In one go: by its path it would be opened twice, and may be replaced in between.
+        table = pq.read_table(pa.py_buffer(path.read_bytes()))
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())[:100]}); "

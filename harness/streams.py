@@ -5,6 +5,8 @@ Nothing has to be stored to resume: an epoch's streams follow from its number.
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -27,3 +29,23 @@ def seed_globals(seed: int, purpose: str, epoch: int = 0) -> None:
     torch.manual_seed(value)
     random.seed(value)
     numpy.random.seed(value % 2**32)
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """The global streams on the CPU are afterwards as they were."""
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        numpy.random.set_state(states[2])
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, epoch: int = 0) -> Iterator[None]:
+    """Global streams seeded for one purpose, and afterwards as they were."""
+    with restored():
+        seed_globals(seed, purpose, epoch)
+        yield

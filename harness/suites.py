@@ -22,6 +22,8 @@ from harness.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from harness.tasks import Task
+
 
 def builtin() -> dict[str, Path]:
     """Name → file of the suites that ship with neqbench."""
@@ -40,7 +42,7 @@ def load(name: str, settings: Sequence[str] = ()) -> tuple[Suite, Path]:
 
     Raises UserError for an unknown suite, an unreadable file, an unknown key or a bad value.
     """
-    path = _locate(name)
+    path = locate(name)
     values = _read(path)
     for setting in settings:
         _apply(values, setting)
@@ -51,7 +53,8 @@ def load(name: str, settings: Sequence[str] = ()) -> tuple[Suite, Path]:
         raise UserError(_explain(error, path)) from None
 
 
-def _locate(name: str) -> Path:
+def locate(name: str) -> Path:
+    """The file of a suite by name or path; raises UserError where there is none."""
     known = builtin()
     if name in known:
         return known[name]
@@ -113,7 +116,8 @@ def _apply(values: dict[str, Any], setting: str) -> None:
 
 
 def _explain(error: ValidationError, path: Path) -> str:
-    first, *more = error.errors(include_url=False)
+    errors = error.errors(include_url=False)  # a key misspelt is missing, too: say it first
+    first, *more = sorted(errors, key=lambda found: found["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
     known = _fields(location[:-1])
@@ -217,6 +221,18 @@ def build_model(reference: str, folder: Path | str, arguments: dict[str, Any]) -
     if not isinstance(module, nn.Module):
         raise UserError(f"{reference!r} returned {type(module).__name__}, not a torch module")
     return module
+
+
+def build_task(suite: Suite, folder: Path | str) -> "Task":
+    """The suite's task; raises UserError where it names none."""
+    from harness.tasks import Task
+
+    task = build(suite.task, folder, suite.task_arguments)
+    if not isinstance(task, Task):
+        raise UserError(f"{suite.task!r} returned {type(task).__name__}, not a harness.tasks.Task")
+    if not isinstance(getattr(task, "metric", None), str):
+        raise UserError(f"{suite.task!r} has no metric: name what its meter measures")
+    return task
 
 
 def _installed(name: str) -> ModuleType:

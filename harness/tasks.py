@@ -1,50 +1,237 @@
 """What a model is trained for: its loss and its metric. The trial's loop knows no more of it."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from harness.errors import UserError
+from harness.vision import torchvision
+
 
 class Meter(Protocol):
-    """Accumulates a metric on the device; `value` is the only synchronisation."""
+    """Accumulates a metric on the device: `counts` of several workers are added up."""
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
+    counts: Tensor
+
+    def add(self, outputs: Any, targets: Tensor) -> None:
         """One batch."""
         ...
 
     def value(self) -> float:
-        """The metric over all batches added."""
+        """The metric from `counts`; the only synchronisation."""
         ...
 
 
-class Classification:
-    """Cross-entropy and top-1 accuracy (a share, 0 to 1)."""
+class Task(ABC):
+    """A suite's task. `metric` names what its meter measures, a share from 0 to 1."""
+
+    metric: str
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The mean over the batch."""
+
+    @abstractmethod
+    def meter(self, device: torch.device) -> Meter:
+        """A fresh accumulator."""
+
+    def mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment a training batch as a whole, drawing from torch's global CPU stream."""
+        return inputs, targets
+
+    def check_labels(self, outputs: Any, labels: Tensor) -> None:  # noqa: B027
+        """Raises UserError where one of all the labels of a part does not fit the outputs."""
+
+    def random_targets(self, outputs: Any, draw: torch.Generator) -> Tensor:
+        """Targets that fit the outputs of one batch, for synthetic data."""
+        raise UserError(f"{type(self).__name__} has no random_targets, which --synthetic needs")
+
+    def check(self, outputs: Any, targets: Tensor) -> None:  # noqa: B027 — for those who want it
+        """Raises UserError where targets and outputs of a batch don't fit together."""
+
+
+class Classification(Task):
+    """Cross-entropy and top-1 accuracy.
+
+    `label_smoothing`: share of the target spread over all classes; `mixup` and `cutmix`: their
+    alphas (0: none), one of the two drawn for each batch (Zhang et al. 2018, Yun et al. 2019);
+    they need the number of `classes`.
+    """
 
     metric = "accuracy"
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the batch of outputs [samples, classes] and targets [samples]."""
-        return functional.cross_entropy(outputs, targets)
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        classes: int = 0,
+    ) -> None:
+        self._smoothing, self._classes = label_smoothing, classes
+        alphas = {"MixUp": mixup, "CutMix": cutmix}
+        if any(alphas.values()) and classes < 1:
+            raise ValueError("mixup and cutmix need the number of classes")
+        v2 = torchvision("torchvision.transforms.v2")
+        self._mixes = [
+            getattr(v2, name)(alpha=alpha, num_classes=classes)
+            for name, alpha in alphas.items()
+            if alpha
+        ]
 
-    def meter(self) -> "Accuracy":
+    def mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup or cutmix; targets become shares [samples, classes]."""
+        if not self._mixes:
+            return inputs, targets
+        drawn = self._mixes[int(torch.randint(len(self._mixes), ()))]
+        mixed: tuple[Tensor, Tensor] = drawn(inputs, targets)
+        return mixed
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Outputs [samples, classes]; targets [samples], or shares [samples, classes]."""
+        return functional.cross_entropy(outputs, targets, label_smoothing=self._smoothing)
+
+    def meter(self, device: torch.device) -> "Accuracy":
         """A fresh accumulator."""
-        return Accuracy()
+        return Accuracy(device)
+
+    def random_targets(self, outputs: Tensor, draw: torch.Generator) -> Tensor:
+        """A class for each sample."""
+        return torch.randint(outputs.shape[1], (len(outputs),), generator=draw)
+
+    def check(self, outputs: Any, targets: Tensor) -> None:
+        """One class for each sample, among those that the model knows."""
+        _check_shape(outputs, targets, (len(targets),))
+        if self._mixes and self._classes != outputs.shape[1]:
+            raise UserError(
+                f"the model has {outputs.shape[1]} classes, the task mixes {self._classes}; "
+                "set task_arguments.classes or model.arguments"
+            )
+        self.check_labels(outputs, targets)
+
+    def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
+        """Integers from 0 to the model's classes."""
+        _check_range(outputs.shape[1], labels)
 
 
 class Accuracy:
-    """Share of samples whose largest output is the target's."""
+    """Share of samples whose largest output is the target's: 0 to 1, NaN without samples."""
 
-    def __init__(self) -> None:
-        self._correct: Tensor | int = 0
-        self._samples = 0
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """One batch: outputs [samples, classes], targets [samples]."""
-        self._correct = self._correct + (outputs.argmax(1) == targets).sum(dtype=torch.int64)
-        self._samples += len(targets)
+        self.counts[0] += (outputs.argmax(1) == targets).sum()
+        self.counts[1] += len(targets)
 
     def value(self) -> float:
-        """0 to 1; NaN without samples."""
-        return int(self._correct) / self._samples if self._samples else float("nan")
+        """Correct over all."""
+        correct, samples = self.counts.tolist()
+        return correct / samples if samples else float("nan")
+
+
+class Segmentation(Task):
+    """Cross-entropy and mean intersection over union, over pixels that are not `ignore`.
+
+    Models return logits [samples, classes, height, width], or torchvision's dict of them: "out"
+    and "aux", whose loss counts `auxiliary` times, in validation and test loss, too.
+    """
+
+    metric = "mean IoU"
+
+    def __init__(self, classes: int, ignore: int = 255, auxiliary: float = 0.5) -> None:
+        self._classes, self._ignore, self._auxiliary = classes, ignore, auxiliary
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Targets: integers [samples, height, width]. Zero where every pixel is ignored."""
+        loss = self._one(_logits(outputs), targets)
+        if isinstance(outputs, dict) and "aux" in outputs:
+            loss = loss + self._auxiliary * self._one(outputs["aux"], targets)
+        return loss
+
+    def _one(self, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.long()
+        total = functional.cross_entropy(
+            logits, targets, ignore_index=self._ignore, reduction="sum"
+        )
+        return total / (targets != self._ignore).sum().clamp(min=1)
+
+    def meter(self, device: torch.device) -> "MeanIoU":
+        """A fresh accumulator."""
+        return MeanIoU(self._classes, self._ignore, device)
+
+    def random_targets(self, outputs: Any, draw: torch.Generator) -> Tensor:
+        """A class for each pixel."""
+        samples, classes, *shape = _logits(outputs).shape
+        return torch.randint(classes, (samples, *shape), generator=draw, dtype=torch.uint8)
+
+    def check(self, outputs: Any, targets: Tensor) -> None:
+        """One class for each pixel of the logits, among those that the model knows."""
+        logits = _logits(outputs)
+        if logits.shape[1] != self._classes:
+            raise UserError(
+                f"the model has {logits.shape[1]} classes, the task {self._classes}; "
+                "set task_arguments.classes or model.arguments"
+            )
+        _check_shape(logits, targets, (len(targets), *logits.shape[2:]))
+        self.check_labels(outputs, targets)
+
+    def check_labels(self, outputs: Any, labels: Tensor) -> None:
+        """Integers from 0 to the model's classes, or `ignore`."""
+        _check_range(_logits(outputs).shape[1], labels[labels != self._ignore])
+
+
+class MeanIoU:
+    """Intersection over union, averaged over the classes that targets or predictions have."""
+
+    def __init__(self, classes: int, ignore: int, device: torch.device) -> None:
+        self._ignore = ignore
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+
+    def add(self, outputs: Any, targets: Tensor) -> None:
+        """One batch of logits (or a dict with "out") and targets [samples, height, width]."""
+        predicted, seen, classes = (
+            _logits(outputs).argmax(1),
+            targets != self._ignore,
+            len(self.counts),
+        )
+        pairs = targets[seen].long() * classes + predicted[seen]
+        self.counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+    def value(self) -> float:
+        """0 to 1; NaN without pixels."""
+        counts = self.counts.double()
+        common = counts.diag()
+        union = counts.sum(0) + counts.sum(1) - common
+        return float((common / union)[union > 0].mean())
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits: Tensor = outputs["out"] if isinstance(outputs, dict) else outputs
+    return logits
+
+
+def _check_shape(outputs: Any, targets: Tensor, wanted: tuple[int, ...]) -> None:
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
+        raise UserError(
+            f"the model returns {type(outputs).__name__}; the task needs [samples, classes, …]"
+        )
+    if tuple(targets.shape) != wanted:
+        raise UserError(
+            f"the targets of a batch are {list(targets.shape)}, "
+            f"the model's outputs need {list(wanted)}"
+        )
+
+
+def _check_range(classes: int, targets: Tensor) -> None:
+    if targets.is_floating_point():
+        raise UserError(f"targets must be whole numbers, got {targets.dtype}")
+    low, high = (int(targets.min()), int(targets.max())) if targets.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        raise UserError(
+            f"labels from {low} to {high} do not fit the model's {classes} classes "
+            f"(0 to {classes - 1}); set model.arguments, or mend the labels"
+        )

@@ -1,35 +1,39 @@
 """One trial as a generator of epoch records, resumed from its checkpoint where there is one.
 
 Resumed equals uninterrupted, bit for bit on the CPU: every random stream follows from (seed,
-purpose, epoch), and the checkpoint holds all other state together with the rows so far.
+purpose, epoch), and the checkpoint holds all other state together with the rows so far. Where
+torch.distributed has several processes, each runs this and the trial is theirs together.
 """
 
-import inspect
 import math
-import random
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from harness import suites
-from harness.config import Named, Recipe, Suite, TrialSpec
-from harness.data import load_images
+from harness import parallel, suites, weights
+from harness.batches import Forward
+from harness.config import Suite, TrialSpec
+from harness.data import load_data
 from harness.errors import UserError
 from harness.flops import measure
 from harness.methods import Method
+from harness.optimizers import build_optimizer
 from harness.records import EpochRecord
 from harness.rows import Failure, Rows, Slot
-from harness.storage import Store
-from harness.streams import seed_globals
-from harness.tuning import Tuning, autocast, kept, numerics
+from harness.storage import Follower, Store
+from harness.streams import restored, seed_globals
+from harness.tuning import Tuning, autocast, check_precision, kept, numerics
+from neq.parallel import broadcast_buffers
 from neq.timings import stopwatch
+
+DECIDING_BYTES = 2**31  # for the outputs of one batch that are kept while deciding
+EVALUATION_BATCH = 500  # at the most
 
 
 class DivergedError(Exception):
@@ -44,22 +48,41 @@ class Started:
 Event = Started | EpochRecord | Failure
 
 
+class Broken(Exception):  # noqa: N818
+    """One of several processes failed, and its row says why, or died; the others can't go on."""
+
+
 def supervised(spec: TrialSpec, root: str, slot: Slot) -> Iterator[Event]:
     """The trial's records, those of earlier attempts first; ends with a Failure if it raises.
 
     The i-th event is the same in every attempt, up to measured times: whoever listens loses
-    nothing. A failure is stored with its traceback; only an interrupt leaves this generator.
+    nothing. A failure is stored with its traceback; only an interrupt leaves this generator, and
+    Broken where a failure is that of one process among several.
     """
     store = Store(root, spec.suite.name)
-    rows = Rows(spec, store, slot)
+    rows = Rows(spec, store if parallel.leads() else Follower(store), slot)
     yield Started()
     try:
-        with _process(spec.suite):
-            yield from Trial(spec, store, rows).records()
+        with _process(spec.suite, slot):
+            yield from Trial(spec, rows).records()
+    except DivergedError as error:  # every process has seen the same loss
+        yield _record(rows, Failure(str(error), traceback.format_exc()))
     except Exception as error:
-        known = isinstance(error, UserError | DivergedError)
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
-        yield _record(rows, Failure(reason, traceback.format_exc()))
+        failure = Failure(_reason(error, spec), traceback.format_exc())
+        if spec.suite.resources.world_size == 1:  # its group may be gone by now
+            yield _record(rows, failure)
+            return
+        if not parallel.lost_another(error):
+            rows.store = store
+            _record(rows, failure)
+        raise Broken(failure.reason) from error
+
+
+def _reason(error: Exception, spec: TrialSpec) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        size = spec.suite.recipe.forward_size(spec.suite.resources.world_size)
+        return f"the GPU's memory is full with {size} samples; lower recipe.forward_batch"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def lost(spec: TrialSpec, root: str, slot: Slot, reason: str) -> Failure:
@@ -81,40 +104,46 @@ def _record(rows: Rows, failure: Failure) -> Failure:
 
 
 @contextmanager
-def _process(suite: Suite) -> Iterator[None]:
+def _process(suite: Suite, slot: Slot) -> Iterator[None]:
     """Determinism for one trial; the process is left as it was."""
-    threads, python, numpys = torch.get_num_threads(), random.getstate(), numpy.random.get_state()
+    threads = torch.get_num_threads()
+    gpus = [parallel.device(gpu=True)] if slot.gpu else []
     try:
-        with torch.random.fork_rng(), numerics(suite.recipe.precision):
+        with torch.random.fork_rng(gpus), restored(), numerics(suite.recipe.precision):
             yield
     finally:
         torch.set_num_threads(threads)
-        random.setstate(python)
-        numpy.random.set_state(numpys)
 
 
 class Trial:
     """The training of one spec: all its state, and the loop over its epochs."""
 
-    def __init__(self, spec: TrialSpec, store: Store, rows: Rows) -> None:
+    def __init__(self, spec: TrialSpec, rows: Rows) -> None:
         self.spec, self.suite, self.recipe = spec, spec.suite, spec.suite.recipe
-        self.store, self.rows = store, rows
-        self.device = torch.device(rows.slot.device)
+        self.store, self.rows = rows.store, rows
+        self.device = parallel.device(rows.slot.gpu)
 
     def records(self) -> Iterator[EpochRecord]:
         """All epochs from 0 on: the committed ones from the checkpoint, the others computed."""
         state = self.store.load_checkpoint(self.spec.key)
         if state is not None:
             self.rows.load(state["rows"])
+        if not parallel.equal(len(self.rows.epochs)):
+            raise UserError(
+                f"the workers do not find the same checkpoint below {self.store.folder}; --results "
+                "must lie where every node sees it"
+            )
         for record in list(self.rows.epochs):  # noqa: UP028 — Ray sends; a list can't receive
             yield record
         self.rows.publish()
+        parallel.wait()
         if self.rows.complete:
             return
+        check_precision(self.recipe.precision, self.device)
         torch.set_num_threads(self.rows.threads)
         self._build(state)
         if state is None:
-            self.method.start(self.batches.evaluate("validation"))
+            self.method.start(self._deciding())
         else:
             self._restore(state)
         del state
@@ -123,27 +152,37 @@ class Trial:
 
     def _build(self, state: dict[str, Any] | None) -> None:
         parts, seed, folder = self.suite.model, self.spec.seed, self.spec.folder
-        data = load_images(self.suite, folder)
-        self.batches = data.open(self.device, seed, self.recipe.batch_size)
-        self.task = suites.part(self.suite.task, folder)()
+        data = load_data(self.suite, folder)
+        loaders = self.suite.resources.cpus if self.device.type == "cuda" else 0
+        self.batches = data.open(self.device, seed, self.recipe, loaders=loaders)
+        self.task = suites.build_task(self.suite, folder)
         seed_globals(seed, "initialisation")
         model = suites.build_model(parts.build, folder, parts.arguments)
-        self.costs = measure(model, parts.input)
+        weights.load(model, parts)
+        self.costs = measure(model, parts.input, parts.unpublished)
+        self.evaluated = self.costs.batch_within(DECIDING_BYTES, EVALUATION_BATCH)
         model = model.to(self.device)
-        self.tuning = (
-            Tuning.from_json(state["tuning"]) if state else kept(self.store, self.suite, model)
-        )
+        self.tuning = Tuning.from_json(state["tuning"]) if state else self._tuned(model)
         self.model = self.tuning.convert(model)
         self.optimizer, self.scheduler = build_optimizer(
-            self.suite.name, self.recipe, model.parameters()
+            self.suite.name, self.recipe, model, self.batches.steps
         )
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.recipe.precision == "fp16"
         )
+        self.trained = model if parallel.workers() == 1 else DistributedDataParallel(model)
         fixed = [*parts.exclude, *self.costs.uncalled]
         self.method = Method(
             self.spec.spec, self.model, self.optimizer, fixed, seed, self.tuning.timings
         )
+
+    def _tuned(self, model: torch.nn.Module) -> Tuning:
+        """Measured by one process, for all of them."""
+        tuned = kept(self.store, self.suite, model).to_json() if parallel.leads() else None
+        return Tuning.from_json(parallel.shared(tuned))
+
+    def _deciding(self) -> Iterator[Any]:
+        return self.batches.evaluate("validation", self.evaluated)
 
     def _stateful(self) -> dict[str, Any]:
         parts = {
@@ -160,6 +199,8 @@ class Trial:
             part.load_state_dict(state[name])
 
     def _commit(self) -> None:
+        if not parallel.leads():
+            return
         state = {name: part.state_dict() for name, part in self._stateful().items()}
         state |= {"tuning": self.tuning.to_json(), "rows": self.rows.state()}
         self.store.save_checkpoint(self.spec.key, state)
@@ -174,12 +215,12 @@ class Trial:
         lr = float(self.optimizer.param_groups[0]["lr"])
         train_loss, seconds_train = self._timed(lambda: self._train(epoch))
         _check_finite("training loss", train_loss, epoch)
+        broadcast_buffers(self.model)
         (val_loss, test_loss, metric), seconds_test = self._timed(self._test)
         _check_finite("test loss", test_loss, epoch)
         validation = self.batches.size("validation")
-        _, seconds_equilibrium = self._timed(
-            lambda: self.method.end_epoch(self.batches.evaluate("validation"))
-        )
+        _, seconds_equilibrium = self._timed(lambda: self.method.end_epoch(self._deciding()))
+        parallel.agree(self.model, self.method.freezer.frozen)
         record = EpochRecord(
             epoch=epoch,
             samples=samples,
@@ -204,37 +245,53 @@ class Trial:
         )
         self.rows.add(record, frozen, layers, self.method.freezer)
         _, seconds = self._timed(self._commit)
-        return self.rows.committed(seconds)
+        record = self.rows.committed(seconds)
+        parallel.wait()  # what another process may store next comes after this
+        return record
 
     def _train(self, epoch: int) -> float:
         """One epoch; the mean loss. Nothing in the loop waits for the device."""
-        seed_globals(self.spec.seed, "training", epoch)
-        self.model.train()
+        # Dropout differs between processes, as it does between samples.
+        seed_globals(self.spec.seed, f"training{parallel.rank() or ''}", epoch)
+        self.trained.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for inputs, targets in self.batches.train(epoch):
-            inputs = self.tuning.apply(inputs)
-            with self._autocast():
-                outputs = self.model(inputs)
-                loss = self.task.loss(outputs, targets)
-            self.method.after_forward(inputs, outputs)
-            self.scaler.scale(loss).backward()
-            self._step()
-            self.optimizer.zero_grad()
-            total += loss.detach() * len(targets)
-        if self.scheduler is not None:
+        for forward in self.batches.train(epoch):
+            with self._communicating(forward):
+                total += self._backward(forward) * len(forward.inputs)
+            if forward.last:
+                self._step()
+                self.optimizer.zero_grad()
+        if self.scheduler is not None and self.recipe.schedule == "epoch":
             self.scheduler.step()
-        mean: float = total.item() / self.batches.size("train")
+        mean: float = parallel.add_up(total).item() / self.batches.size("train")
         return mean
+
+    def _communicating(self, forward: Forward) -> AbstractContextManager[None]:
+        """Gradients of several forwards are added up first, and exchanged once."""
+        if isinstance(self.trained, DistributedDataParallel) and not forward.last:
+            return self.trained.no_sync()
+        return nullcontext()
+
+    def _backward(self, forward: Forward) -> Tensor:
+        inputs, targets = self.task.mix(self.tuning.apply(forward.inputs), forward.targets)
+        with self._autocast():
+            outputs = self.trained(inputs)
+            loss = self.task.loss(outputs, targets)
+        self.method.after_forward(inputs, outputs)
+        torch.autograd.backward(self.scaler.scale(loss * forward.weight))
+        return loss.detach()
 
     def _step(self) -> None:
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        if self.scaler.is_enabled() and all(p.grad is None for p in parameters):
-            return  # everything stands still, and the scaler refuses a step without gradients
-        self.scaler.unscale_(self.optimizer)
-        self.method.after_backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.method.after_step()
+        # The scaler refuses a step without gradients: everything stands still.
+        if not self.scaler.is_enabled() or any(p.grad is not None for p in parameters):
+            self.scaler.unscale_(self.optimizer)
+            self.method.after_backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.method.after_step()
+        if self.scheduler is not None and self.recipe.schedule == "iteration":
+            self.scheduler.step()
 
     def _test(self) -> tuple[float, float, float]:
         """(validation loss, test loss, test metric)."""
@@ -244,14 +301,15 @@ class Trial:
     def _evaluate(self, part: str) -> tuple[float, float]:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        meter = self.task.meter()
-        for inputs, targets in self.batches.evaluate(part):
+        meter = self.task.meter(self.device)
+        for inputs, targets in self.batches.evaluate(part, self.evaluated):
             inputs = self.tuning.apply(inputs)
             with self._autocast():
                 outputs = self.model(inputs)
-                total += self.task.loss(outputs, targets) * len(targets)
+                total += self.task.loss(outputs, targets) * len(inputs)
             meter.add(outputs, targets)
-        return float(total) / max(self.batches.size(part), 1), meter.value()
+        parallel.add_up(meter.counts)
+        return float(parallel.add_up(total)) / max(self.batches.size(part), 1), meter.value()
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device.type, self.recipe.precision)
@@ -262,59 +320,12 @@ class Trial:
         return result, seconds[0]
 
     def _peak_memory(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        """Of the process that needed most."""
+        if self.device.type != "cuda":
+            return None
+        return parallel.largest(torch.cuda.max_memory_allocated())
 
 
 def _check_finite(what: str, loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
         raise DivergedError(f"the {what} became {loss} in epoch {epoch}")
-
-
-def build_optimizer(
-    suite: str, recipe: Recipe, parameters: Iterator[Tensor]
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-    """The recipe's optimizer and scheduler, each by torch's own name; fused where torch has that.
-
-    Raises UserError for an unknown name or for arguments that torch refuses.
-    """
-    where = f"suite {suite}: recipe."
-    build = partial(_torch_class, torch.optim, torch.optim.Optimizer, where + "optimizer")
-    optimizer = build(_fused(recipe.optimizer), parameters)
-    if recipe.scheduler is None:
-        return optimizer, None
-    kind = torch.optim.lr_scheduler
-    build = partial(_torch_class, kind, kind.LRScheduler, where + "scheduler")
-    scheduler = build(recipe.scheduler, optimizer)
-    if isinstance(scheduler, kind.ReduceLROnPlateau):
-        raise UserError(
-            f"suite {suite}: recipe.scheduler: ReduceLROnPlateau follows a metric, which "
-            "would differ by method; take a schedule of epochs"
-        )
-    milestones = getattr(scheduler, "milestones", [])
-    if not all(isinstance(epoch, int) for epoch in milestones):  # torch would ignore them
-        raise UserError(
-            f"suite {suite}: recipe.scheduler.milestones: {list(milestones)} must be a list "
-            "of epochs, such as [15, 22]"
-        )
-    return optimizer, scheduler
-
-
-def _torch_class(module: Any, base: Any, where: str, named: Named, argument: Any) -> Any:
-    cls = getattr(module, named.name, None)
-    if not (isinstance(cls, type) and issubclass(cls, base)):
-        known = [n for n in dir(module) if isinstance(getattr(module, n), type)]
-        names = ", ".join(n for n in known if issubclass(getattr(module, n), base) and n[0] != "_")
-        raise UserError(f"{where}: unknown name {named.name!r}; torch has {names}")
-    try:
-        return cls(argument, **named.arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: {named.name} refuses its arguments: {error}") from None
-
-
-def _fused(named: Named) -> Named:
-    """The same optimizer, fused where torch has that and the recipe says nothing else."""
-    cls = getattr(torch.optim, named.name, None)
-    known = inspect.signature(cls).parameters if isinstance(cls, type) else {}
-    if "fused" not in known or {"fused", "foreach", "differentiable"} & named.arguments.keys():
-        return named
-    return Named.model_validate({"name": named.name, **named.arguments, "fused": True})

@@ -60,9 +60,10 @@ class Tuning:
 def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
     """The suite's tuning for this kind of machine; measured and stored where there is none yet."""
     gpu = next(model.parameters()).is_cuda
+    batch_size = suite.recipe.forward_size(suite.resources.world_size)
     conditions = {
-        "model": suite.model.model_dump(mode="json"),
-        "batch_size": suite.recipe.batch_size,
+        "model": suite.model.model_dump(mode="json", exclude={"weights"}),
+        "batch_size": batch_size,
         "precision": suite.recipe.precision,
         "hardware": hardware(gpu),
         "torch": torch.__version__,
@@ -72,7 +73,7 @@ def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
 
     def make() -> dict[str, Any]:
         recipe = suite.recipe
-        tuned = tune(model, suite.model.input, recipe.batch_size, recipe.precision)
+        tuned = tune(model, suite.model.input, batch_size, recipe.precision)
         return conditions | tuned.to_json()
 
     name = digest(conditions)
@@ -107,6 +108,16 @@ def numerics(precision: str) -> Iterator[None]:
         enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "float32"
     ):
         yield
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises UserError where the device would only emulate it."""
+    needed = precision == "bf16" and device.type == "cuda"
+    if needed and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"recipe.precision: {torch.cuda.get_device_name(device)} has no bf16; "
+            "run with --set recipe.precision=fp16 or float32"
+        )
 
 
 def autocast(device: str, precision: str) -> torch.autocast:

@@ -179,10 +179,10 @@ def _sums(a: Tensor, b: Tensor, axis: int, samples: int) -> Tensor:
     are not the outermost axis.
     """
     rows = samples if a.dim() > 1 and a.movedim(axis, -1).shape[0] % samples == 0 else 1
-    a, b = (x.detach().movedim(axis, -1).unflatten(0, (rows, -1)) for x in (a, b))
+    a, b = (torch.unflatten(x.detach().movedim(axis, -1), 0, (rows, -1)) for x in (a, b))
     parts = []
     length = max(CHUNK * rows // max(a.numel(), 1), 1)
-    for part in zip(a.split(length), b.split(length), strict=True):
+    for part in zip(torch.split(a, length), torch.split(b, length), strict=True):
         x, y = (p.to(torch.float64).reshape(len(p), -1, p.shape[-1]) for p in part)
         parts.append(torch.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)]))
     return torch.cat(parts, dim=1)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from harness import suites
-from harness.config import Data
+from harness.config import Data, Recipe
 from harness.data import Images, Split, crop
 from harness.errors import UserError
 from suites.cifar10.data import BINARIES, load
@@ -36,8 +36,19 @@ def images_of(count, size=6, **options):
     )
 
 
+def recipe(batch_size, **settings):
+    optimizer = {"name": "SGD", "lr": 0.1}
+    values = {"epochs": 1, "precision": "float32", "optimizer": optimizer} | settings
+    return Recipe(batch_size=batch_size, **values)
+
+
 def numbers(batches):
-    return [int(image[0, 0, 0].round()) for images, _ in batches for image in images]
+    return [int(image[0, 0, 0].round()) for forward in batches for image in forward.inputs]
+
+
+def evaluated(batches, part):
+    loaded = batches.evaluate(part, 7)
+    return [int(image[0, 0, 0].round()) for images, _ in loaded for image in images]
 
 
 def test_crop_cuts_each_image_s_own_window():
@@ -53,31 +64,29 @@ def test_crop_cuts_each_image_s_own_window():
 
 
 def test_the_validation_part_is_taken_out_of_the_training_set():
-    opened = images_of(40, train_size=30).open(CPU, seed=0, batch_size=7)
-    train, validation = numbers(opened.train(0)), numbers(opened.evaluate("validation"))
+    opened = images_of(40, train_size=30).open(CPU, seed=0, recipe=recipe(7))
+    train, validation = numbers(opened.train(0)), evaluated(opened, "validation")
     assert (len(train), len(validation)) == (25, 5)
     assert not set(train) & set(validation)
-    assert numbers(opened.evaluate("test")) == list(range(40))
+    assert evaluated(opened, "test") == list(range(40))
     assert [opened.size(part) for part in ("train", "validation", "test")] == [25, 5, 40]
-    other = images_of(40, train_size=30).open(CPU, seed=1, batch_size=7)
-    assert numbers(other.evaluate("validation")) == validation
-    moved = images_of(40, train_size=30, split_seed=1).open(CPU, seed=0, batch_size=7)
-    assert numbers(moved.evaluate("validation")) != validation
+    other = images_of(40, train_size=30).open(CPU, seed=1, recipe=recipe(7))
+    assert evaluated(other, "validation") == validation
+    moved = images_of(40, train_size=30, split_seed=1).open(CPU, seed=0, recipe=recipe(7))
+    assert evaluated(moved, "validation") != validation
 
 
 def test_order_depends_on_seed_and_epoch_and_not_on_the_global_stream():
-    first = images_of(40).open(CPU, seed=3, batch_size=8)
-    again = images_of(40).open(CPU, seed=3, batch_size=8)
+    first = images_of(40).open(CPU, seed=3, recipe=recipe(8))
+    again = images_of(40).open(CPU, seed=3, recipe=recipe(8))
     torch.manual_seed(1)
     order = numbers(first.train(2))
     state = torch.get_rng_state()
     assert numbers(again.train(2)) == order
     assert torch.equal(torch.get_rng_state(), state)
     assert numbers(first.train(3)) != order
-    assert numbers(images_of(40).open(CPU, seed=4, batch_size=8).train(2)) != order
-    assert all(
-        (labels == images[:, 0, 0, 0].round() % 10).all() for images, labels in first.train(0)
-    )
+    assert numbers(images_of(40).open(CPU, seed=4, recipe=recipe(8)).train(2)) != order
+    assert all((f.targets == f.inputs[:, 0, 0, 0].round() % 10).all() for f in first.train(0))
 
 
 def test_augmentation_crops_flips_and_normalises():
@@ -93,14 +102,14 @@ def test_augmentation_crops_flips_and_normalises():
         padding=1,
         flip=True,
         options=images.options,
-    ).open(CPU, seed=0, batch_size=40)
+    ).open(CPU, seed=0, recipe=recipe(40))
     plain = (ramp[0].float() / 255 - 0.5) / 0.25
-    assert torch.allclose(next(augmented.evaluate("test"))[0][0], plain, atol=1e-5)
+    assert torch.allclose(next(augmented.evaluate("test", 40))[0][0], plain, atol=1e-5)
     black = (0.0 - 0.5) / 0.25
     padded = torch.nn.functional.pad(plain, [1] * 4, value=black)
     windows = [padded[:, t : t + 6, le : le + 6] for t in range(3) for le in range(3)]
     allowed = torch.stack([w for window in windows for w in (window, window.flip(-1))])
-    batch, _ = next(augmented.train(0))
+    batch = next(augmented.train(0)).inputs
     distance = (batch[:, None] - allowed[None]).abs().amax((2, 3, 4))
     nearest = distance.argmin(1)
     assert distance.min(1).values.max() < 1e-5
@@ -175,7 +184,7 @@ def test_the_hub_s_parquet_layout(hub):
     assert read.shape == (2, 3, 32, 32)
     assert read[:, 0, 0, 0].tolist() == [3, 25]
     assert images.train.labels[[3, 25]].tolist() == [3, 5]
-    opened = images.open(CPU, 0, 8)
+    opened = images.open(CPU, 0, recipe(8))
     assert [opened.size(part) for part in ("train", "validation", "test")] == [35, 5, 10]
 
 
@@ -239,7 +248,7 @@ def test_a_download_without_network_is_one_line_and_leaves_nothing(tmp_path, mon
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     root = tmp_path / "new"
-    with pytest.raises(UserError, match=r"cannot be downloaded .*--set data.root"):
+    with pytest.raises(UserError, match=r"can.t be downloaded .*--set data.root"):
         load(options(root))
     assert not (root / BINARIES).exists()
 
@@ -250,7 +259,7 @@ def test_the_real_images():
     assert images.name == "CIFAR-10 (JPEG)"
     assert images.train.labels.bincount().tolist() == [5000] * 10
     assert images.test.labels.bincount().tolist() == [1000] * 10
-    opened = images.open(CPU, 0, 100)
-    batch = torch.cat([inputs for inputs, _ in opened.evaluate("test")])
+    opened = images.open(CPU, 0, recipe(100))
+    batch = torch.cat([inputs for inputs, _ in opened.evaluate("test", 500)])
     assert batch.mean().abs() < 0.1  # the usual mean and spread fit these images
     assert batch.std() == pytest.approx(1.0, abs=0.1)

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from harness import plan, suites
+from harness.check import check
 from harness.config import TrialSpec
 from harness.errors import UserError
 
@@ -243,7 +244,7 @@ def test_keys_stay_what_they_are():
         "metric": "m",
     }
     trial = TrialSpec(suite=suite, method="neq", seed=0, **names)
-    assert (trial.key, trial.group) == ("cb338e5fdd784d83", "3ae05f07690e19a6")
+    assert (trial.key, trial.group) == ("12363a7bf7d9a8cc", "bcf858c01a089c5d")
 
 
 def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):
@@ -316,7 +317,10 @@ def test_wrong_choices(arguments, message):
         ("recipe.scheduler.name=SGD", "recipe.scheduler: unknown name 'SGD'"),
         ("recipe.scheduler.milestones=late", "must be a list of epochs"),
         ("model.exclude=['head']", "method baseline on this model: no layer is called 'head'"),
-        ("model.input=[3, 16, 16]", r"model.input is \[3, 16, 16\], the images are \[1, 16, 16\]"),
+        (
+            "model.input=[3, 16, 16]",
+            r"model.input is \[3, 16, 16\], the training images are \[1, 16, 16\]",
+        ),
         ("recipe.optimizer={name='LBFGS'}", "LBFGS"),
         ("recipe.scheduler={name='ReduceLROnPlateau'}", "follows a metric"),
         ("task='json:dumps'", "'json:dumps' failed: TypeError"),
@@ -326,13 +330,13 @@ def test_wrong_choices(arguments, message):
 def test_what_only_torch_can_tell_is_found_before_anything_runs(setting, message):
     with pytest.raises(UserError, match=message):  # noqa: PT012 — the earlier the better
         trials = plan.specs("digits", [setting])
-        plan.check(trials)
+        check(trials)
 
 
 def test_data_parts_that_fail_or_return_something_else(folder):
     for text, message in (
         ("def load(o): raise OSError('gone')", r"'data:load' failed: OSError: gone \(data.py"),
-        ("def load(o): return 3", "'data:load' returned int, not Images"),
+        ("def load(o): return 3", "'data:load' returned int, not Images or Samples"),
     ):
         other = folder.with_name(f"with_{len(text)}")
         shutil.copytree(folder, other)

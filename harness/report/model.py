@@ -136,7 +136,8 @@ def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable
         title=first["title"],
         metric=first["metric"],
         data=first["data"],
-        recipe=experiment["recipe"] | {"train_size": experiment["data"]["train_size"]},
+        recipe=experiment["recipe"]
+        | {"train_size": experiment["data"]["train_size"], "workers": experiment["world_size"]},
         epochs=int(first["epochs"]),
         devices=devices,
         timing_shared=bool((done["trials_on_device"] > 1).any()),

@@ -66,7 +66,7 @@ def _facts(table: GroupTable) -> list[str]:
     used = f" ({recipe['train_size']} images)" if recipe["train_size"] else ""
     named = [recipe[part] for part in ("optimizer", "scheduler") if recipe[part]]
     return [
-        f"{table.data}{used} · {table.epochs} epochs · batch {recipe['batch_size']} · "
+        f"{table.data}{used} · {table.epochs} epochs · {_batch(recipe)} · "
         f"{recipe['precision']} · group {table.group}",
         " · ".join(f"{part['name']} {_listed(_arguments(part))}" for part in named),
         ", ".join(table.devices),
@@ -78,7 +78,26 @@ def _arguments(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+    return ", ".join(f"{key} {_said(value)}" for key, value in values.items())
+
+
+def _said(value: Any) -> str:
+    """A scheduler among another's arguments is a table with its name."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return " then ".join(_said(item) for item in value)
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']} ({_listed(_arguments(value))})"
+    return str(value)
+
+
+def _batch(recipe: dict[str, Any]) -> str:
+    """What the batch is of, where BatchNorm does not see all of it at once."""
+    size, workers = recipe["batch_size"], recipe["workers"]
+    forward = min(recipe.get("forward_batch") or size, -(-size // workers))
+    if forward == size:
+        return f"batch {size}"
+    by = f" on {workers} workers" if workers > 1 else ""
+    return f"batch {size}{by}, {forward} per forward and BatchNorm"
 
 
 def _grid(table: GroupTable, unit: str, scale: float, wide: bool) -> Table:

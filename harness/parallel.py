@@ -1,0 +1,111 @@
+"""One trial in several processes: who this one is, and what all of them do together.
+
+A process asks torch.distributed alone, so that Ray Train and torchrun serve alike. With one process
+nothing here does anything.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from harness.errors import UserError
+from neq.parallel import add_up as add_up
+from neq.parallel import broadcast as broadcast
+from neq.parallel import workers as workers
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return distributed.get_rank() if workers() > 1 else 0
+
+
+def leads() -> bool:
+    """Whether this process writes results and talks."""
+    return rank() == 0
+
+
+def backend(gpu: bool) -> str:
+    """What carries the tensors; masks and counts lie on the CPU even where a GPU trains."""
+    return "cpu:gloo,cuda:nccl" if gpu else "gloo"
+
+
+def launched() -> int:
+    """Processes that torchrun started, 1 where it did not start this one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if distributed.is_torchelastic_launched() else 1
+
+
+@contextmanager
+def group(gpu: bool) -> Iterator[None]:
+    """Join the processes that torchrun started.
+
+    After an error the process just ends: others may still wait for it, and leaving would block.
+    """
+    distributed.init_process_group(backend(gpu))
+    yield
+    distributed.destroy_process_group()
+
+
+def device(gpu: bool) -> torch.device:
+    """Where this process computes; on a machine with several GPUs each process has its own."""
+    if not gpu:
+        return torch.device("cpu")
+    if workers() > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def wait() -> None:
+    """For all processes."""
+    if workers() > 1:
+        distributed.barrier()
+
+
+def shared(value: Any) -> Any:
+    """Rank 0's plain value for everybody."""
+    values = [value]
+    if workers() > 1:
+        distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether the error says no more than that another process is gone."""
+    if isinstance(error, UserError):
+        return False
+    words = ("gloo/transport", "gloo::", "NCCL", "Connection closed by peer")
+    return isinstance(error, distributed.DistError) or any(w in str(error) for w in words)
+
+
+def largest(value: int) -> int:
+    """Over all processes."""
+    tensor = torch.tensor(value)
+    if workers() > 1:
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+    return int(tensor)
+
+
+def equal(value: int) -> bool:
+    """Whether all processes have the same."""
+    return largest(value) == -largest(-value)
+
+
+def agree(model: nn.Module, mask: Tensor) -> None:
+    """Raises RuntimeError where processes differ in frozen neurons or in a parameter's bits."""
+    if workers() == 1:
+        return
+    mine = torch.stack([_checksum(t) for t in (mask, *model.parameters())])
+    differs = torch.count_nonzero(mine != broadcast(mine.clone()))
+    if int(add_up(differs)):
+        raise RuntimeError("the workers' masks or parameters have drifted apart")
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Exact, whatever the order in which it is added up; int64 on the CPU."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(whole[tensor.element_size()])
+    place = torch.arange(bits.numel(), device=bits.device).view(bits.shape) % 8191 + 1
+    return (bits * place).sum(dtype=torch.int64).cpu()

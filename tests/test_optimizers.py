@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from harness.config import Recipe
+from harness.errors import UserError
+from harness.optimizers import build_optimizer
+
+NOWHERE = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+
+
+def recipe(**values):
+    return Recipe(
+        **{"epochs": 4, "batch_size": 2, "precision": "float32", "optimizer": SGD} | values
+    )
+
+
+def rates(made, steps, count):
+    """Learning rates of the first `count` steps."""
+    optimizer, scheduler = build_optimizer("s", made, NOWHERE, steps)
+    seen = []
+    for _ in range(count):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_poly_is_per_iteration():
+    poly = {"name": "PolynomialLR", "total_iters": 4, "power": 0.9}
+    seen = rates(recipe(scheduler=poly, schedule="iteration"), 5, 20)
+    assert seen == pytest.approx([0.1 * (1 - i / 20) ** 0.9 for i in range(20)])
+    by_epoch = rates(recipe(scheduler=poly), 5, 4)
+    assert by_epoch == pytest.approx([0.1 * (1 - i / 4) ** 0.9 for i in range(4)])
+
+
+def test_a_count_of_epochs_may_be_written_with_a_point():
+    made = [
+        recipe(scheduler={"name": "PolynomialLR", "total_iters": n}, schedule="iteration")
+        for n in (4, 4.0)
+    ]
+    assert rates(made[0], 5, 20) == rates(made[1], 5, 20)
+
+
+def test_cosine_after_a_warm_up():
+    scheduler = {
+        "name": "SequentialLR",
+        "milestones": [2],
+        "schedulers": [
+            {"name": "LinearLR", "start_factor": 0.25, "total_iters": 2},
+            {"name": "CosineAnnealingLR", "T_max": 3},
+        ],
+    }
+    seen = rates(recipe(scheduler=scheduler, schedule="iteration"), 4, 20)
+    warm = [0.1 * (0.25 + 0.75 * i / 8) for i in range(8)]
+    cool = [0.05 * (1 + math.cos(math.pi * i / 12)) for i in range(12)]
+    assert seen == pytest.approx(warm + cool)
+
+
+def test_a_part_has_a_learning_rate_of_its_own():
+    optimizer, _ = build_optimizer("s", recipe(lr_factors={"head": 10.0}), NOWHERE)
+    body, head = optimizer.param_groups
+    assert (body["lr"], head["lr"]) == (0.1, pytest.approx(1.0))
+    assert [id(p) for p in head["params"]] == [id(p) for p in NOWHERE["head"].parameters()]
+    assert len(body["params"]) == 2
+    before = [p.detach().clone() for p in NOWHERE.parameters()]
+    for p in NOWHERE.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = [
+        float((a - b).detach().mean()) for a, b in zip(before, NOWHERE.parameters(), strict=True)
+    ]
+    assert moved == pytest.approx([0.1, 0.1, 1.0, 1.0], rel=1e-4)
+
+
+def test_without_factors_there_is_one_group():
+    optimizer, scheduler = build_optimizer("s", recipe(), NOWHERE)
+    assert len(optimizer.param_groups) == 1
+    assert scheduler is None
+    assert optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"lr_factors": {"tail": 2.0}}, "no part of the model is called 'tail'"),
+        (
+            {"lr_factors": {"head": 2.0}, "optimizer": {"name": "Adadelta"}},
+            "need a number recipe.optimizer.lr",
+        ),
+        ({"scheduler": {"name": "SequentialLR", "schedulers": [3]}}, "each must be a table"),
+        (
+            {"scheduler": {"name": "SequentialLR", "schedulers": [{"name": "Foo"}]}},
+            "unknown name 'Foo'",
+        ),
+        (
+            {"scheduler": {"name": "SequentialLR", "schedulers": [], "milestones": [1]}},
+            "refuses its arguments",
+        ),
+        ({"scheduler": {"name": "StepLR", "step_size": 3, "last_epoch": 5}}, "StepLR refuses"),
+        (
+            {"scheduler": {"name": "ExponentialLR", "gamma": 0.9}, "schedule": "iteration"},
+            "ExponentialLR can't step with every iteration",
+        ),
+        (
+            {"scheduler": {"name": "SequentialLR", "schedulers": [{"name": "L", "a": math.inf}]}},
+            "a must be finite",
+        ),
+        ({"scheduler": {"name": "StepLR", "size": 3}}, "StepLR refuses its arguments"),
+        ({"scheduler": {"name": "MultiStepLR", "milestones": [1.5]}}, "a list of epochs"),
+    ],
+)
+def test_what_torch_refuses(values, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer("s", recipe(**values), NOWHERE, steps=5)
