@@ -1,20 +1,20 @@
 """CIFAR-10 from torchvision's layout, from the hub's parquet layout, or downloaded."""
 
-import io
+from functools import partial
 from pathlib import Path
 
 import numpy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from harness.config import Data
 from harness.data import Images, Split
 from harness.errors import UserError
 from harness.vision import torchvision
+from suites.archives import fetch
+from suites.pictures import decode
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BINARIES = "cifar-10-batches-py"
@@ -63,18 +63,9 @@ def _in_memory(images: Tensor, labels: Tensor) -> Split:
 
 
 def _download(root: Path) -> None:
-    datasets = torchvision("torchvision.datasets")
-    lock = root / ".download.lock"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            if not (root / BINARIES).is_dir():
-                datasets.CIFAR10(str(root), download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"CIFAR-10 is not below {root} and cannot be downloaded ({_line(error)}); put "
-            f"{BINARIES} or the parquet files there, or point --set data.root=… at them"
-        ) from None
+    get = partial(torchvision("torchvision.datasets").CIFAR10, download=True)
+    where = f"put {BINARIES} or the parquet files there, or point --set data.root=… at them"
+    fetch(root, BINARIES, get, where)
 
 
 def _parquet(root: Path, part: str, shards: list[Path]) -> Split:
@@ -109,10 +100,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _decode(encoded: bytes, where: str) -> Tensor:
-    try:
-        image = numpy.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (UnidentifiedImageError, OSError, TypeError, ValueError, SyntaxError) as error:
-        raise UserError(f"{where} cannot be decoded ({_line(error)}); replace the file") from None
+    image = numpy.asarray(decode(encoded, where))
     if image.shape != (SIZE, SIZE, 3):
         raise UserError(f"{where} is {image.shape[1]} × {image.shape[0]}, not {SIZE} × {SIZE}")
     return torch.from_numpy(image.copy()).permute(2, 0, 1)

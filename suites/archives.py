@@ -1,0 +1,33 @@
+"""Fetch and unpack archives, one process at a time, so that what is there is whole."""
+
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from harness.errors import UserError
+
+FAILURES = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
+
+
+def fetch(root: Path, folder: str, get: Callable[[Path], object], where: str) -> None:
+    """Let `get` unpack `folder` into a place of its own, then move it below `root`.
+
+    Does nothing where the folder is there; others wait. Raises UserError with `where` to get it.
+    """
+    place = root / f".fetching-{folder}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".download.lock"):
+            if not (root / folder).is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+                get(place)
+                (place / folder).rename(root / folder)
+                shutil.rmtree(place)
+    except FAILURES as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{root}: the data can't be downloaded ({reason}); {where}") from None
