@@ -5,10 +5,10 @@ NEQBENCH := $(VENV)/bin/neqbench
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint cifar10 report
+.PHONY: help setup bench bench-segmentation test lint cifar10 imagenet segmentation report
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.done ## install into .venv
 
@@ -21,8 +21,17 @@ $(VENV)/.done: pyproject.toml constraints.txt
 bench: setup ## train baseline, NEq and control on handwritten digits; print the report
 	$(NEQBENCH) run digits $(ARGS)
 
+bench-segmentation: setup ## the same with a label for each pixel of composed scenes
+	$(NEQBENCH) run segmentation-digits $(ARGS)
+
 cifar10: setup ## the paper's CIFAR-10 suite (250 epochs; wants a GPU)
 	$(NEQBENCH) run cifar10 $(ARGS)
+
+imagenet: setup ## the paper's ImageNet suite, ResNet-18 (wants the data and GPUs)
+	$(NEQBENCH) run imagenet $(ARGS)
+
+segmentation: setup ## the paper's DeepLabv3 suite on COCO (wants the data and GPUs)
+	$(NEQBENCH) run segmentation $(ARGS)
 
 report: setup ## print the report of everything below results/
 	$(NEQBENCH) report results $(ARGS)

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from trials import SMALL, assert_same_results, run
 
 from harness import plan
+from harness.check import check
 
 NEQBENCH = Path(sys.executable).parent / "neqbench"
 
@@ -85,7 +88,8 @@ def test_published_counts(neqbench):
     [
         ["digits"],
         ["cifar10"],
-        ["cifar10-adam"],
+        ["imagenet", "--set", "model.input=[3, 64, 64]"],
+        ["segmentation-digits"],
         ["--model", "torchvision.models:mobilenet_v2", "--input", "3x32x32"],
     ],
 )
@@ -228,3 +232,82 @@ def test_help_imports_nothing_heavy():
     code = "import harness.cli, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert not {"torch", "ray", "pandas", "scipy", "pyarrow", "pydantic"} & set(loaded.split())
+
+
+TINY = [  # ImageNet's suite, so small that two cores manage it
+    *("recipe.epochs=2", "recipe.batch_size=4", "recipe.forward_batch=2"),
+    *("data.train_size=11", "data.validation_size=2", "model.input=[3, 32, 32]"),
+    *("model.build=suites.resnet:resnet32", "recipe.precision=float32"),
+    "resources={cpus=1, gpus=0}",
+]
+
+
+def tiny(root, *more):
+    sets = [part for setting in TINY for part in ("--set", setting)]
+    choice = ["--methods", "baseline,neq", "--seeds", "0", "--executor", "inline"]
+    return ["run", "imagenet", *sets, *choice, "--results", root, *more]
+
+
+def test_synthetic_results_say_so_and_stand_apart(tmp_path, neqbench):
+    done = neqbench(*tiny(tmp_path, "--synthetic"))
+    assert done.returncode == 0, done.stderr
+    assert "synthetic (11 images) · 2 epochs · batch 4, 2 per forward and BatchNorm" in done.stdout
+    trials = pd.read_parquet(tmp_path / "imagenet/trials")
+    assert trials["data"].tolist() == ["synthetic"] * 2
+    assert all(json.loads(e)["data"]["synthetic"] for e in trials["experiment"])
+    epochs = pd.read_parquet(tmp_path / "imagenet/epochs")
+    assert (epochs["samples"] == 8).all()
+    for part, classes in (("train", 10), ("val", 10)):
+        for label in range(classes):
+            folder = tmp_path / "data" / part / f"n{label}"
+            folder.mkdir(parents=True)
+            image = Image.new("RGB", (32, 32), (20 * label, 0, 0))
+            for number in range(2):
+                image.save(folder / f"{number}.JPEG")
+    more = [
+        "--set",
+        f"data.root={tmp_path}/data",
+        "--set",
+        "data.arguments={size=32, resize=32, classes=10}",
+    ]
+    real = neqbench(*tiny(tmp_path, *more))
+    assert real.returncode == 0, real.stderr
+    assert "synthetic" not in real.stdout
+    groups = pd.read_parquet(tmp_path / "imagenet/trials").groupby("data")["group"].unique()
+    assert {len(found) for found in groups} == {1}
+    assert groups["synthetic"][0] != groups["ImageNet"][0]
+    sets = [part for setting in TINY for part in ("--set", setting)]
+    prepared = neqbench("prepare", "imagenet", *sets, *more)
+    assert prepared.returncode == 0, prepared.stderr
+    assert "imagenet: ImageNet, ready" in prepared.stdout
+
+
+def test_the_readme_s_synthetic_lines_can_be_run():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = [
+        line for line in text.splitlines() if line.startswith("neqbench run") and "ze=" in line
+    ]
+    assert len(lines) == 3
+    for line in lines:
+        _, _, suite, *words = shlex.split(line)
+        settings = [word for word in words if "=" in word]
+        trials = plan.specs(suite, settings, seeds="0", synthetic=True)
+        check(trials)
+        assert {trial.data_name for trial in trials} == {"synthetic"}
+
+
+@pytest.mark.parametrize("suite", ["imagenet", "segmentation", "segmentation-voc"])
+def test_data_that_are_not_there_are_one_line(tmp_path, monkeypatch, neqbench, vision, suite):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(vision.datasets.utils, "download_and_extract_archive", offline)
+    monkeypatch.setattr(vision.datasets, "VOCSegmentation", offline)
+    where = ("--set", f"data.root={tmp_path}/none")
+    for command in ("prepare", "run"):
+        done = neqbench(command, suite, *where)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert "get " in done.stderr
+        assert "data.root=" in done.stderr

@@ -8,25 +8,17 @@ from torch import nn
 from torch.nn import functional
 
 import neq
+from harness import suites
 from harness.flops import measure
 from suites.resnet import resnet8, resnet32
 
-
-def published(vision):
-    """The four set-ups of the paper: (model, input, dense backward FLOPs by its convention)."""
-    import timm
-    from torchvision.models import segmentation
-
-    swin = timm.create_model("swin_base_patch4_window7_224", num_classes=0)
-    deeplab = segmentation.deeplabv3_resnet50(
-        weights=None, weights_backbone=None, num_classes=21, aux_loss=True
-    )
-    return {
-        "resnet32": (resnet32(), (3, 32, 32), 138_937_600),
-        "resnet18": (vision.models.resnet18(), (3, 224, 224), 3_638_081_536),
-        "swin": (swin, (3, 224, 224), 30_280_413_184),
-        "deeplab": (deeplab, (3, 480, 480), 305_056_481_600),
-    }
+# The four set-ups of the paper: dense backward FLOPs by its convention.
+PUBLISHED = {
+    "cifar10": 138_937_600,
+    "imagenet": 3_638_081_536,
+    "imagenet-swin": 30_280_413_184,
+    "segmentation": 305_056_481_600,
+}
 
 
 def freeze_layers(model, costs, chosen):
@@ -39,13 +31,15 @@ def freeze_layers(model, costs, chosen):
     return mask & costs.called
 
 
-@pytest.mark.parametrize("name", ["resnet32", "resnet18", "swin", "deeplab"])
-def test_the_published_models(vision, name):
-    model, shape, paper = published(vision)[name]
-    costs = measure(model, shape)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models(name):
+    suite, folder = suites.load(name)
+    parts = suite.model
+    model, shape = suites.build_model(parts.build, folder, parts.arguments), parts.input
+    costs = measure(model, shape, parts.unpublished)
     nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
-    assert costs.backward(nothing).paper == paper
-    if name == "deeplab":  # PyTorch's counter has to compute: a smaller image will do
+    assert costs.backward(nothing).paper == PUBLISHED[name]
+    if name == "segmentation":  # PyTorch's counter has to compute: a smaller image will do
         shape = (3, 97, 97)
         costs = measure(model, shape)
     backward = costs.backward(nothing)
