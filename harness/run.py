@@ -57,7 +57,9 @@ def _run(wanted: Wanted, trials: list[TrialSpec], console: Console) -> int:
     planned = states(trials, root)
     leading = parallel.shared(planned)
     if [p.spec.key for p in leading] != [p.spec.key for p in planned]:
-        raise UserError("the data, code or weights on this machine differ from rank 0's")
+        raise UserError(
+            "the data, code or weights on this machine differ from rank 0's: make them equal"
+        )
     planned = leading  # their states may have changed meanwhile
     todo = [
         p
