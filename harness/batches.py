@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.parallel import rank, workers
 from harness.streams import generator
 
-FINGERPRINT_SAMPLES = 16
+FINGERPRINT_SAMPLES = 16  # of each set
 
 Batch = tuple[Tensor, Tensor]
 
@@ -168,6 +168,6 @@ class Dataset(ABC):
         """
 
 
-def some(count: int, most: int = FINGERPRINT_SAMPLES) -> Tensor:
-    """Up to `most` indices, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most)).long()
+def some(count: int) -> Tensor:
+    """Indices for a fingerprint, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, FINGERPRINT_SAMPLES)).long()

@@ -23,8 +23,11 @@ SAMPLES = 2  # that are run through the model
 Samples = dict[str, list[Batch]]
 
 
-def check(trials: Sequence[TrialSpec]) -> None:
-    """Build everything once, and run a few samples of every part; raises UserError."""
+def check(trials: Sequence[TrialSpec]) -> Dataset:
+    """Build everything once, and run a few samples of every part; returns the data that it opened.
+
+    Raises UserError.
+    """
     suite, folder = trials[0].suite, trials[0].folder
     with restored():
         data = load_data(suite, folder)
@@ -39,6 +42,7 @@ def check(trials: Sequence[TrialSpec]) -> None:
         check_outputs(suite, task, model, samples, data.labels())
         if suite.resources.world_size > 1:
             check_gradients(suite, task, model, samples)
+    return data
 
 
 def check_size(suite: Suite, data: Dataset) -> None:

@@ -102,8 +102,7 @@ class Recipe(Strict):
 
     def forward_size(self, workers: int) -> int:
         """Samples of one forward of one of `workers` workers, at the most."""
-        share = -(-self.batch_size // workers)
-        return min(self.forward_batch or share, share)
+        return forward_size(self.batch_size, self.forward_batch, workers)
 
 
 class Resources(Strict):
@@ -218,6 +217,12 @@ class TrialSpec(Strict):
     def spec(self) -> MethodSpec:
         """The method's parameters."""
         return self.suite.methods[self.method]
+
+
+def forward_size(batch_size: int, forward_batch: int | None, workers: int) -> int:
+    """Samples of one forward of one of `workers` workers, at the most."""
+    share = -(-batch_size // workers)
+    return min(forward_batch or share, share)
 
 
 def digest(value: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """`neqbench doctor`: what a suite of one's own gets wrong, before anything is trained on it."""
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -200,10 +201,10 @@ class _Patient:
                 place = str(Path(folder) / root)
                 tuned = Path(folder) / "through" / self.suite.name / "tuning"
                 if tuned.is_dir():
-                    _copy(tuned, Path(place) / self.suite.name / "tuning")
+                    shutil.copytree(tuned, Path(place) / self.suite.name / "tuning")
                 _run(spec, place, breaks)
                 states.append(Store(place, self.suite.name).load_checkpoint(spec.key))
-            through, resumed = (_tensors((state or {}).get("model", {})) for state in states)
+            through, resumed = (list((state or {}).get("model", {}).values()) for state in states)
             if not _same(through, resumed):
                 raise UserError(
                     "a trial that was broken off and resumed ended with other weights; the model "
@@ -238,18 +239,8 @@ def _run(spec: TrialSpec, root: str, breaks: bool) -> None:
                     break
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-    for file in source.glob("[!.]*"):
-        (target / file.name).write_bytes(file.read_bytes())
-
-
 def _flat(batches: Batches, epoch: int) -> list[Tensor]:
     return [sample for forward in batches.train(epoch) for sample in forward.inputs]
-
-
-def _tensors(state: dict[str, Tensor]) -> list[Tensor]:
-    return list(state.values())
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -9,7 +9,6 @@ from rich.table import Table
 from harness import suites
 from harness.check import check
 from harness.config import Data, Suite
-from harness.data import load_data
 from harness.errors import UserError
 from harness.plan import located, specs
 from harness.report.terminal import say
@@ -24,8 +23,7 @@ def prepare(name: str, settings: Sequence[str], console: Console) -> None:
     if suite.data.download is not None:
         _download(suite, suites.part(suite.data.download, folder))
     trials = specs(name, settings)
-    check(trials)
-    data = load_data(suite, folder)
+    data = check(trials)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")
     table.add_column("images", justify="right")

@@ -28,13 +28,12 @@ def workers_of(spec: TrialSpec, root: str, slot: Slot) -> Iterator[Event]:
         before = _row(store, spec)
         with ThreadPoolExecutor(1) as pool:
             fit = pool.submit(_fit, spec, root, slot)
-            while not wait([fit], POLL).done:
+            ended = False
+            while not ended:  # and once more after the end
+                ended = bool(wait([fit], POLL).done)
                 for record in store.epochs(spec.key)[told:]:
                     told += 1
                     yield EpochRecord.of(record)
-        for record in store.epochs(spec.key)[told:]:
-            told += 1
-            yield EpochRecord.of(record)
         row = _row(store, spec)
         if row.get("state") == "done":
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import Model
-from harness.errors import UserError
+from harness.errors import UserError, line
 from harness.vision import torchvision
 
 LIBRARIES = ("torchvision", "timm")
@@ -89,10 +89,9 @@ def _read(weights: str) -> dict[str, Tensor]:
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.weights: {weights} cannot be loaded ({type(error).__name__}: {reason}); give a "
-            "file of tensors, torchvision:NAME or timm:NAME"
+            f"model.weights: {weights} cannot be loaded ({type(error).__name__}: {line(error)}); "
+            "give a file of tensors, torchvision:NAME or timm:NAME"
         ) from None
     return _tensors(state, weights)
 

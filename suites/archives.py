@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from harness.errors import UserError
+from harness.errors import UserError, line
 
 FAILURES = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
 
@@ -29,5 +29,4 @@ def fetch(root: Path, folder: str, get: Callable[[Path], object], where: str) ->
                 (place / folder).rename(root / folder)
                 shutil.rmtree(place)
     except FAILURES as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{root}: the data can't be downloaded ({reason}); {where}") from None
+        raise UserError(f"{root}: the data can't be downloaded ({line(error)}); {where}") from None

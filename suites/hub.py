@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import UserError, line
 
 ROWS = 256  # copied at a time
 SCHEMA = pa.schema([("image", pa.large_binary()), ("label", pa.int64())])
@@ -107,7 +107,7 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
         raise UserError(
             f"{file}: truncated, damaged, or without the columns image (struct with bytes) "
-            f"and label ({' '.join(str(error).split())[:200]}); replace the file"
+            f"and label ({line(error)}); replace the file"
         ) from None
 
 

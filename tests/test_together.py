@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from torch import distributed, multiprocessing
-from trials import SMALL, assert_same_results, keep_tuning, results, small
+from trials import SLOT, SMALL, assert_same_results, keep_tuning, results, small
 
 from harness import batches, check, parallel, plan, samples, storage, suites
 from harness.data import load_data
 from harness.errors import UserError
 from harness.executors import Inline, Ray
 from harness.records import EpochRecord
-from harness.rows import Failure, Slot
+from harness.rows import Failure
 from harness.storage import Store
 from harness.trial import Broken, supervised
 
@@ -59,7 +59,6 @@ def model():
         nn.Flatten(), nn.Linear(392, 10),
     )
 """
-SLOT = Slot(gpu=False, sharing=1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.config import forward_size
 from harness.report.model import GroupTable, MethodRow
 
 NOTE = (
@@ -93,7 +94,7 @@ def _said(value: Any) -> str:
 def _batch(recipe: dict[str, Any]) -> str:
     """What the batch is of, where BatchNorm does not see all of it at once."""
     size, workers = recipe["batch_size"], recipe["workers"]
-    forward = min(recipe.get("forward_batch") or size, -(-size // workers))
+    forward = forward_size(size, recipe.get("forward_batch"), workers)
     if forward == size:
         return f"batch {size}"
     by = f" on {workers} workers" if workers > 1 else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.config import Data
 from harness.data import Images, Split
-from harness.errors import UserError
+from harness.errors import UserError, line
 from harness.vision import torchvision
 from suites.archives import fetch
 from suites.pictures import decode
@@ -50,7 +50,7 @@ def _binaries(root: Path) -> tuple[Split, Split]:
             files = datasets.CIFAR10(str(root), train=train)
         except (RuntimeError, OSError, EOFError) as error:
             raise UserError(
-                f"{root / BINARIES}: files are missing or damaged ({_line(error)}); "
+                f"{root / BINARIES}: files are missing or damaged ({line(error)}); "
                 "delete the folder to download it again"
             ) from None
         splits.append(_in_memory(torch.from_numpy(files.data), torch.tensor(files.targets)))
@@ -95,7 +95,7 @@ def _read(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: truncated, damaged, or without the columns img (struct with bytes) and "
-            f"label ({_line(error)}); replace the file"
+            f"label ({line(error)}); replace the file"
         ) from None
 
 
@@ -108,7 +108,3 @@ def _decode(encoded: bytes, where: str) -> Tensor:
 
 def _is_jpeg(shard: Path) -> bool:
     return bool(_read(shard)["bytes"][0].as_py().startswith(b"\xff\xd8"))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from harness.config import Data
-from harness.errors import UserError
+from harness.errors import UserError, line
 from harness.samples import Samples, Source, Transform
 from harness.vision import torchvision
 from suites import hub
@@ -32,7 +32,7 @@ class Folder:
         try:
             self._files = datasets.ImageFolder(str(root / part))
         except FileNotFoundError as error:
-            raise UserError(f"{root / part}: {_line(error)}; {WHERE}") from None
+            raise UserError(f"{root / part}: {line(error)}; {WHERE}") from None
         self.classes: list[str] = self._files.classes
         self.labels = torch.tensor(self._files.targets)
 
@@ -141,7 +141,3 @@ def transforms(
     erased = [v2.RandomErasing(erase, value="random")] if erase else []
     plain = v2.Compose([v2.Resize(resize, interpolation=how), v2.CenterCrop(size), *tensor])
     return v2.Compose([*drawn, *tensor, *erased]), plain
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -10,7 +10,7 @@ import numpy
 from PIL import Image
 
 from harness.config import Data
-from harness.errors import UserError
+from harness.errors import UserError, line
 from harness.samples import Samples
 from harness.vision import torchvision
 from suites.pictures import decode, decode_labels
@@ -191,7 +191,7 @@ class WithSbd:
             )
         except (OSError, RuntimeError, ImportError) as error:
             raise UserError(
-                f"{self._root}: SBD's masks are not there ({' '.join(str(error).split())[:200]}); "
+                f"{self._root}: SBD's masks are not there ({line(error)}); "
                 "get benchmark.tgz and train_noval.txt of the Semantic Boundaries Dataset, or "
                 "leave them out with --set data.arguments.sbd=false"
             ) from None
