@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -109,12 +110,14 @@ class Resources(Strict):
     """What a trial is given: `cpus` for each of its `workers`, data-parallel processes.
 
     `gpus`: of the whole trial; "auto": one for each worker where the machine or cluster has any.
-    Several GPUs make as many workers.
+    Several GPUs make as many workers. `time_limit`: seconds that a trial may take in one run; one
+    that takes longer has failed.
     """
 
     cpus: Count = 1
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     workers: Count | None = None
+    time_limit: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "Resources":
@@ -199,7 +202,7 @@ class TrialSpec(Strict):
     data_name: str
     metric: str
 
-    @property
+    @cached_property
     def group(self) -> str:
         """Hash of all but method and seed: what may stand in one table."""
         seen = {"code": self.code, "data_fingerprint": self.fingerprint, "weights": self.weights}

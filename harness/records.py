@@ -5,6 +5,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from harness.config import TrialSpec
+
 SCHEMA_VERSION = "1"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -126,3 +128,28 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+
+
+def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Table:
+    """`rows` as a table of `kind`, with the columns that say whose they are."""
+    identity = {
+        "trial": spec.key,
+        "group": spec.group,
+        "suite": spec.suite.name,
+        "method": spec.method,
+        "seed": spec.seed,
+    }
+    return pa.Table.from_pylist([identity | row for row in rows], schema=SCHEMAS[kind])
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """Arrow's own file format, to be kept inside a checkpoint."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def from_bytes(data: bytes) -> pa.Table:
+    """The inverse of `to_bytes`."""
+    return pa.ipc.open_file(pa.py_buffer(data)).read_all()

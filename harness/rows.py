@@ -13,8 +13,8 @@ import neq
 from harness.config import TrialSpec
 from harness.flops import Backward
 from harness.provenance import provenance
-from harness.records import QUANTILES, SCHEMAS, EpochRecord
-from harness.storage import Store, from_bytes, identified, to_bytes
+from harness.records import QUANTILES, SCHEMAS, EpochRecord, from_bytes, identified, to_bytes
+from harness.storage import Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Rows:
     else the attempts ran on is collected (`here`: this process is one).
     """
 
-    def __init__(self, spec: TrialSpec, store: Store, slot: Slot, *, here: bool = True) -> None:
+    def __init__(self, spec: TrialSpec, store: Owner, slot: Slot, *, here: bool = True) -> None:
         self.spec, self.slot = spec, slot
         self.epochs: list[EpochRecord] = []
         self.threads = spec.suite.resources.cpus

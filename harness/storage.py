@@ -1,171 +1,314 @@
-"""Where results lie: `<root>/<suite>/{trials,epochs,layers,checkpoints}/<trial>`, and beside them
-`tuning`, what was chosen by the clock for a kind of machine.
+"""Where results lie: `<root>/<suite>/{trials,epochs,layers}/<trial>.parquet`, and beside them
+`checkpoints`, `leases`, `plans`, and `tuning`, what was chosen by the clock for a kind of machine.
 
-Every write goes to a temporary file whose name starts with a dot (readers skip it) and is then
-renamed, so that nobody ever sees half a file. The checkpoint, which holds the rows so far, is the
-commit; parquet follows from it.
+Nobody ever sees half a file. A checkpoint, which holds the rows so far, is the commit; parquet
+follows from it. A commit is a file of its own, `checkpoints/<trial>/<epochs>.<lease>.<sha256>.pt`:
+it replaces none, not even that of an owner who was thought dead, and what is damaged shows. Once it
+has been read back, all others go but the one before it.
 """
 
+import hashlib
 import io
 import json
-import os
-import tempfile
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
+from harness import leases
 from harness.config import TrialSpec
-from harness.errors import UserError
-from harness.records import SCHEMA_VERSION, SCHEMAS
+from harness.errors import UserError, line
+from harness.leases import Claim, Lease, Lost
+from harness.places import StorageError, place
+from harness.records import SCHEMA_VERSION, SCHEMAS, from_bytes
+
+COMMIT = re.compile(r"[0-9]{6}\.[0-9]{6}\.[0-9a-f]{16}\.pt")  # epochs, lease, checksum
+TRIES = 5  # at commits that are removed while they are read
+
+
+class NothingError(UserError):
+    """There are no results."""
 
 
 class Store:
-    """The results of one suite below `root`."""
+    """The results of one suite below `root`, a path or a URI."""
 
     def __init__(self, root: Path | str, suite: str) -> None:
-        self.folder = Path(root) / suite
+        self.place, self.name = place(root, suite), suite
+        self._damaged: set[str] = set()
 
     def check_writable(self) -> None:
         """Raises UserError where results can't be written, before anything is computed."""
+        name = f".writable.{leases.owner()}"
         try:
-            for kind in (*SCHEMAS, "checkpoints", "tuning"):
-                (self.folder / kind).mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="."):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"results folder {self.folder} can't be written ({error.strerror}); "
-                "choose another with --results"
-            ) from None
+            self.place.write(name, b"")
+            self.place.remove(name)
+        except StorageError as error:
+            raise UserError(f"results folder {self.place.uri} can't be written: {error}") from None
+
+    def read(
+        self, kind: str, columns: list[str] | None = None, but: Container[str] = ()
+    ) -> pa.Table:
+        """The rows of all trials `but` some; raises UserError for damaged or newer files."""
+        keys = [key for key in self._keys(kind) if key not in but]
+
+        def one(key: str) -> pa.Table | None:
+            return self._table(kind, key, columns)
+
+        readers = self.place.readers
+        with ThreadPoolExecutor(readers) as pool:
+            found = (pool.map if readers > 1 else map)(one, keys)
+            tables = [table for table in found if table is not None]
+        if tables:
+            return pa.concat_tables(tables)
+        empty = SCHEMAS[kind].empty_table()  # which imports pandas
+        return empty.select(columns or empty.column_names)
+
+    def trial(self, key: str) -> dict[str, Any] | None:
+        """The trial's row of `trials`, if it has one."""
+        table = self._table("trials", key)
+        return None if table is None else table.to_pylist()[0]
+
+    def has_rows(self, key: str) -> bool:
+        """Whether the trial's rows of `epochs` and `layers` are there."""
+        return all(self.place.read(f"{kind}/{key}.parquet") for kind in ("epochs", "layers"))
+
+    def with_rows(self) -> set[str]:
+        """The trials whose rows of `epochs` and `layers` are there."""
+        return set(self._keys("epochs")).intersection(self._keys("layers"))
+
+    def epochs(self, key: str) -> list[dict[str, Any]]:
+        """The trial's rows of `epochs`, as far as they are published."""
+        table = self._table("epochs", key)
+        return [] if table is None else table.to_pylist()
+
+    def load_checkpoint(
+        self, key: str, report: Callable[[str], None] = lambda path: None
+    ) -> dict[str, Any] | None:
+        """The last commit that is whole, on the CPU; newer ones that are damaged are reported.
+
+        Raises StorageError where none is whole, and for one of another trial or version.
+        """
+        for _ in range(TRIES):
+            self._damaged = set()
+            for name in self._commits(key):
+                data = self.place.read(name)
+                if data is None:  # removed meanwhile: a newer one is there
+                    break
+                path = self.place.path(name)
+                if _sum(data) == name.split(".")[-2]:
+                    return _unpacked(data, key, path)
+                self._damaged.add(name)
+                report(path)
+            else:
+                break
+        else:
+            raise StorageError(
+                f"{self.place.path('checkpoints')}/{key} can't be read: its files vanish; "
+                "run the same command again"
+            )
+        if not self._damaged:
+            return None
+        raise StorageError(
+            f"every checkpoint of trial {key} is damaged; delete {self.place.path('checkpoints')}/"
+            f"{key} and run the same command again: it is computed anew"
+        )
+
+    def _commits(self, key: str) -> list[str]:
+        """Newest first: of most epochs, then of the highest lease."""
+        names = self.place.names(f"checkpoints/{key}")
+        return [f"checkpoints/{key}/{name}" for name in reversed(names) if COMMIT.fullmatch(name)]
+
+    def tuning(self, name: str) -> dict[str, Any] | None:
+        """What was kept under that name; raises StorageError where the file is damaged."""
+        data = self.place.read(f"tuning/{name}.json")
+        try:
+            kept: dict[str, Any] | None = None if data is None else dict(json.loads(data))
+        except (ValueError, TypeError):
+            path = self.place.path(f"tuning/{name}.json")
+            raise StorageError(f"{path} is damaged; delete it, and it is measured anew") from None
+        return kept
+
+    def keep_tuning(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under that name; made once, while others wait for it."""
+        found, owner = self.tuning(name), leases.owner()
+        watch = leases.Watch(owner)
+        while found is None:
+            beat = leases.latest(self.place, name)
+            lease = None
+            if watch.free(name, beat):
+                lease = Lease.acquire(self.place, name, Claim(owner, beat))
+            if lease is None:
+                time.sleep(0.2)
+                found = self.tuning(name)
+                continue
+            with lease:
+                found = self.tuning(name)
+                if found is None:
+                    found = make()
+                    self.place.write(f"tuning/{name}.json", json.dumps(found, indent=1).encode())
+        return found
+
+    def plan(self, group: str, trials: Iterable[tuple[str, str, int]]) -> None:
+        """Say what is to be run, for `status`: (key, method, seed) of each trial."""
+        rows = [{"trial": key, "method": method, "seed": seed} for key, method, seed in trials]
+        data = json.dumps({"group": group, "trials": rows}).encode()
+        name = f"plans/{group}.{_sum(data)}.json"
+        if self.place.read(name) is None:
+            self.place.write(name, data)
+
+    def plans(self) -> list[tuple[str, list[tuple[str, str, int]]]]:
+        """All that `plan` was told: (group, trials); raises UserError where a file is damaged."""
+        found = []
+        for name in self.place.names("plans"):
+            try:
+                plan = json.loads(self.place.read(f"plans/{name}") or b"")
+                rows = [(str(r["trial"]), str(r["method"]), int(r["seed"])) for r in plan["trials"]]
+                found.append((str(plan["group"]), rows))
+            except (ValueError, TypeError, KeyError):
+                path = self.place.path(f"plans/{name}")
+                raise UserError(f"{path} is damaged; delete it: runs write it anew") from None
+        return found
+
+    def _keys(self, kind: str) -> list[str]:
+        names = self.place.names(kind)
+        return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet")]
+
+    def _table(self, kind: str, key: str, columns: list[str] | None = None) -> pa.Table | None:
+        name = f"{kind}/{key}.parquet"
+        data = self.place.read(name)
+        if data is None:
+            return None
+        table, path = _read(data, self.place.path(name), kind, columns), self.place.path(name)
+        whose = set(table["trial"].unique().to_pylist())
+        if whose - {key} or (kind == "trials" and len(table) != 1):
+            raise UserError(f"{path} holds rows of {whose or 'nobody'}; {_REWRITTEN}")
+        return table
+
+
+def stores(where: str, root: str) -> list[Store]:
+    """The results meant by a suite's name (below `root`), a results root, or one suite's results.
+
+    Raises NothingError where there are none.
+    """
+    inside = [] if "://" in where else [f"{root.rstrip('/')}/{where}"]
+    for uri in (*inside, where):
+        if _suite(uri):
+            return [Store(*_split(uri))]
+        below = [name for name in place(uri).names("") if _suite(f"{uri}/{name}")]
+        if below:
+            return [Store(uri, name) for name in below]
+    raise NothingError(
+        f"no results for {where!r} below {root!r}: run `neqbench run {where}` first, or name the "
+        "folder that holds them"
+    )
+
+
+def _suite(uri: str) -> bool:
+    return not {"trials", "plans"}.isdisjoint(place(uri).names(""))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    parent, _, name = place(uri).uri.rpartition("/")
+    return parent or "/", name
+
+
+class Owner(Store):
+    """The store of who holds a trial's lease; raises leases.Lost where that is another's now."""
+
+    def __init__(self, root: Path | str, suite: str, lease: int) -> None:
+        super().__init__(root, suite)
+        self._lease = lease
 
     def write(self, kind: str, spec: TrialSpec, rows: pa.Table) -> None:
         """Replace the trial's file of one table."""
         buffer = io.BytesIO()
         pq.write_table(rows, buffer)
-        _replace(self.folder / kind / f"{spec.key}.parquet", buffer.getvalue())
+        self._write(spec.key, f"{kind}/{spec.key}.parquet", buffer.getvalue())
+        try:
+            leases.check(self.place, spec.key, self._lease)
+        except Lost:  # in the very moment: put back what the new owner has committed
+            state = self.load_checkpoint(spec.key)
+            if state and kind in state["rows"]:
+                buffer = io.BytesIO()
+                pq.write_table(from_bytes(state["rows"][kind].numpy().tobytes()), buffer)
+                self.place.write(f"{kind}/{spec.key}.parquet", buffer.getvalue())
+            raise
 
-    def read(self, kind: str) -> pa.Table:
-        """The rows of all trials; raises UserError for a damaged file or a newer schema."""
-        paths = sorted((self.folder / kind).glob("[!.]*.parquet"))
-        tables = [_read(path, SCHEMAS[kind]) for path in paths]
-        return pa.concat_tables(tables) if tables else SCHEMAS[kind].empty_table()
+    def save_checkpoint(
+        self, key: str, epochs: int, state: dict[str, Any], *, last: bool = False
+    ) -> None:
+        """Commit: from here on the trial continues after this state of so many epochs.
 
-    def trial(self, key: str) -> dict[str, Any] | None:
-        """The trial's row of `trials`, if it has one."""
-        path = self.folder / "trials" / f"{key}.parquet"
-        return _read(path, SCHEMAS["trials"]).to_pylist()[0] if path.is_file() else None
-
-    def has_rows(self, key: str) -> bool:
-        """Whether the trial's rows are there beside its row of `trials`."""
-        kinds = ("epochs", "layers")
-        return all((self.folder / kind / f"{key}.parquet").is_file() for kind in kinds)
-
-    def epochs(self, key: str) -> list[dict[str, Any]]:
-        """The trial's rows of `epochs`, as far as they are published."""
-        path = self.folder / "epochs" / f"{key}.parquet"
-        return _read(path, SCHEMAS["epochs"]).to_pylist() if path.is_file() else []
-
-    def save_checkpoint(self, key: str, state: dict[str, Any]) -> None:
-        """Commit: from here on the trial continues after this state."""
+        Raises StorageError where the new commit can't be read back; the one before it stays.
+        """
         import torch
 
         buffer = io.BytesIO()
-        torch.save(state, buffer)
-        _replace(self._checkpoint(key), buffer.getvalue())
+        torch.save({"trial": key, "version": SCHEMA_VERSION, "state": state}, buffer)
+        data = buffer.getvalue()
+        earlier = [name for name in self._commits(key) if int(name.split(".")[1]) <= self._lease]
+        name = f"checkpoints/{key}/{epochs:06d}.{self._lease:06d}.{_sum(data)}.pt"
+        self._write(key, name, data)
+        if self.place.read(name) != data:
+            raise StorageError(
+                f"{self.place.path(name)} reads back otherwise than it was written; mend the "
+                "disk or share and run the same command again: the commit before it is kept"
+            )
+        kept = [name, *([] if last else [n for n in earlier if n not in self._damaged][:1])]
+        for old in earlier:
+            if old not in kept:
+                self.place.remove(old)
 
-    def load_checkpoint(self, key: str) -> dict[str, Any] | None:
-        """The last commit on the CPU; raises UserError where the file is damaged."""
-        import torch
+    def sweep(self, key: str) -> None:
+        """Remove what killed owners left of a commit half written."""
+        self.place.sweep(f"checkpoints/{key}")
 
-        path = self._checkpoint(key)
-        if not path.is_file():
-            return None
+    def _write(self, key: str, name: str, data: bytes) -> None:
+        def check() -> None:
+            leases.check(self.place, key, self._lease)
+
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"checkpoint {path} is damaged ({type(error).__name__}); "
-                "delete it and run again with --retry-failed to compute the trial anew"
-            ) from None
-        return state
-
-    def tuning(self, name: str) -> dict[str, Any] | None:
-        """What was kept under that name; raises UserError where the file is damaged."""
-        path = self.folder / "tuning" / f"{name}.json"
-        if not path.is_file():
-            return None
-        try:
-            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is damaged; delete it, and it is measured anew") from None
-        return kept
-
-    def keep_tuning(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is kept under that name; made once, while others wait for it."""
-        path = self.folder / "tuning" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{name}.lock")):
-            found = self.tuning(name)
-            if found is None:
-                found = make()
-                _replace(path, json.dumps(found, indent=1).encode())
-        return found
-
-    def _checkpoint(self, key: str) -> Path:
-        return self.folder / "checkpoints" / f"{key}.pt"
+            self.place.write(name, data, check)
+        except StorageError:
+            check()  # of one whose trial is another's now, nobody wants to know
+            raise
 
 
-class Follower(Store):
-    """The store of a process that leaves tables to another one."""
-
-    def __init__(self, store: Store) -> None:
-        self.folder = store.folder
+class Follower(Owner):
+    """The store of a process that leaves writing to another one."""
 
     def write(self, kind: str, spec: TrialSpec, rows: pa.Table) -> None:
         """Nothing."""
 
+    def sweep(self, key: str) -> None:
+        """Nothing."""
 
-def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Table:
-    """`rows` as a table of `kind`, with the columns that say whose they are."""
-    identity = {
-        "trial": spec.key,
-        "group": spec.group,
-        "suite": spec.suite.name,
-        "method": spec.method,
-        "seed": spec.seed,
-    }
-    return pa.Table.from_pylist([identity | row for row in rows], schema=SCHEMAS[kind])
+    def save_checkpoint(
+        self, key: str, epochs: int, state: dict[str, Any], *, last: bool = False
+    ) -> None:
+        """Nothing."""
 
 
-def to_bytes(table: pa.Table) -> bytes:
-    """Arrow's own file format, to be kept inside a checkpoint."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue().to_pybytes())
+_REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 
 
-def from_bytes(data: bytes) -> pa.Table:
-    """The inverse of `to_bytes`."""
-    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
-
-
-def _read(path: Path, schema: pa.Schema) -> pa.Table:
+def _read(data: bytes, path: str, kind: str, columns: list[str] | None) -> pa.Table:
+    schema = SCHEMAS[kind]
     try:
-        # In one go: by its path it would be opened twice, and may be replaced in between.
-        table = pq.read_table(pa.py_buffer(path.read_bytes()))
+        # From memory: by its path a file is opened twice, and may be replaced in between.
+        file = pq.ParquetFile(pa.py_buffer(data))
+        written = file.schema_arrow
+        table = file.read(columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:100]}); "
-            "delete it and run the suite again: it is rewritten from its checkpoint"
-        ) from None
-    version = (table.schema.metadata or {}).get(b"neqbench.schema", b"?").decode()
-    if version != SCHEMA_VERSION or table.schema.names != schema.names:
+        raise UserError(f"{path} is damaged ({line(error)[:100]}); {_REWRITTEN}") from None
+    version = (written.metadata or {}).get(b"neqbench.schema", b"?").decode(errors="replace")
+    if version != SCHEMA_VERSION or not written.equals(schema):
         raise UserError(
             f"{path}: schema version {version}, this neqbench reads version {SCHEMA_VERSION}; "
             "use the neqbench that wrote it, or another --results"
@@ -173,16 +316,26 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename over."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+def _unpacked(data: bytes, key: str, path: str) -> dict[str, Any]:
+    """The state in a whole checkpoint; nothing but tensors and plain values is unpickled."""
+    import torch
+
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        owner, version, state = found["trial"], found["version"], dict(found["state"])
+        state["rows"]
+    except Exception as error:
+        raise StorageError(
+            f"checkpoint {path} is none of this neqbench ({line(error)[:100]}); use the "
+            "neqbench that wrote it, or another --results"
+        ) from None
+    if version != SCHEMA_VERSION or owner != key:
+        raise StorageError(
+            f"checkpoint {path} is that of trial {owner}, version {version}; expected {key}, "
+            f"version {SCHEMA_VERSION}: put it back where it was, or choose another --results"
+        )
+    return state
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

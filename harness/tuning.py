@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import neq
 from harness.config import NUMERICS, Suite, digest
 from harness.errors import UserError
+from harness.places import StorageError
 from harness.provenance import hardware
 from harness.storage import Store
 from neq.timings import stopwatch
@@ -54,6 +55,8 @@ class Tuning:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Tuning":
         """From `to_json`."""
+        if not isinstance(value["channels_last"], bool):
+            raise TypeError("channels_last")
         return cls(value["channels_last"], neq.Timings.from_json(value["timings"]))
 
 
@@ -79,8 +82,8 @@ def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
     name = digest(conditions)
     try:
         return Tuning.from_json(store.keep_tuning(name, make))
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{store.folder}/tuning/{name}.json is damaged; delete it") from None
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise StorageError(f"{store.place.uri}/tuning/{name}.json is damaged; delete it") from None
 
 
 def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: str) -> Tuning:

@@ -1,5 +1,8 @@
+import logging
 import sys
+import urllib.request
 from dataclasses import dataclass
+from uuid import uuid4
 
 import pytest
 import torch
@@ -12,6 +15,37 @@ from harness.vision import torchvision
 @pytest.fixture(scope="session")
 def vision():
     return torchvision()
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """An S3 endpoint on loopback; the environment says where, as it would in earnest."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store):
+    """The URI of an empty bucket."""
+    name = f"bucket-{uuid4().hex}"
+    urllib.request.urlopen(urllib.request.Request(f"{object_store}/{name}", method="PUT")).close()
+    return f"s3://{name}"
 
 
 class Net(nn.Module):

@@ -9,8 +9,9 @@ import torch
 from trials import run, small
 
 from harness.errors import UserError
-from harness.records import SCHEMAS, EpochRecord
-from harness.storage import Store, from_bytes, identified, to_bytes
+from harness.places import StorageError
+from harness.records import SCHEMAS, EpochRecord, from_bytes, identified, to_bytes
+from harness.storage import Owner, Store
 
 
 def test_records_and_schema_have_the_same_columns():
@@ -36,12 +37,12 @@ def test_the_columns_are_those_of_the_documentation():
 
 
 def test_files_can_be_read_by_others(tmp_path):
-    store, mask = Store(tmp_path, "digits"), os.umask(0o022)
+    store, mask = Owner(tmp_path, "digits", 1), os.umask(0o022)
     try:
-        store.save_checkpoint("key", {})
+        store.save_checkpoint("key", 1, {})
     finally:
         os.umask(mask)
-    (path,) = (tmp_path / "digits" / "checkpoints").iterdir()
+    (path,) = (tmp_path / "digits" / "checkpoints" / "key").iterdir()
     assert path.stat().st_mode & 0o777 == 0o644
 
 
@@ -62,17 +63,17 @@ def test_readers_skip_files_that_are_being_written(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    store, spec = Store(tmp_path, "digits"), small("baseline")
-    store.save_checkpoint(spec.key, {"epoch": torch.tensor(1)})
+    store, spec = Owner(tmp_path, "digits", 1), small("baseline")
+    store.save_checkpoint(spec.key, 1, {"rows": {}, "epoch": torch.tensor(1)})
 
     def full(_fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        store.save_checkpoint(spec.key, {"epoch": torch.tensor(2)})
+    with pytest.raises(StorageError, match="No space"):
+        store.save_checkpoint(spec.key, 2, {"rows": {}, "epoch": torch.tensor(2)})
     assert store.load_checkpoint(spec.key)["epoch"] == 1
-    assert len(list((tmp_path / "digits" / "checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "digits" / "checkpoints" / spec.key).iterdir())) == 1
 
 
 def test_damaged_and_newer_files_are_refused_in_one_line(tmp_path):

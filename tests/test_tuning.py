@@ -10,9 +10,9 @@ from trials import SLOT, assert_same_results, keep_tuning, small
 
 import neq
 from harness import tuning
+from harness.attempt import supervised
 from harness.errors import UserError
 from harness.storage import Store
-from harness.trial import supervised
 from suites.resnet import resnet8
 
 

@@ -1,0 +1,253 @@
+"""Where results lie: a folder on disk, or a prefix of a bucket. Whole files in, whole files out."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from harness.errors import UserError, line
+
+BUCKETS = ("s3", "gs")
+PART = r"[\w.=+-]+"  # of a bucket's URI
+RETRY = 15  # seconds for which an object store is asked again: less than a lease takes to be stale
+
+
+class StorageError(UserError):
+    """The place can't be read or written now. What is committed there stays."""
+
+
+def place(root: str | Path, *below: str) -> "Place":
+    """The place called `root`, a path or a URI; raises UserError for one that can't be."""
+    text = str(root)
+    scheme, _, rest = text.partition("://")
+    if "\0" not in text and not re.match(r"[\w+.-]+:/", text):
+        return Folder(Path(text).absolute().joinpath(*below))
+    if scheme == "file" and rest.startswith("/"):
+        return Folder(Path(rest).joinpath(*below))
+    parts = rest.rstrip("/").split("/")
+    if scheme not in BUCKETS or not all(re.fullmatch(PART, p) and p.strip(".") for p in parts):
+        # Not said back: it may hold a key.
+        raise UserError(
+            "--results: results lie in a folder, below s3://bucket/… or gs://bucket/… (letters, "
+            "digits and - _ . = +); endpoint, region and keys come from the environment "
+            "(AWS_ENDPOINT_URL, AWS_REGION, …)"
+        )
+    return Bucket("/".join([f"{scheme}:/", *parts, *below]))
+
+
+class Place:
+    """Files by name ("epochs/x.parquet"). Those that start with a dot are their writer's alone.
+
+    All methods raise StorageError where the disk or the network fails.
+    """
+
+    uri: str
+    readers = 1  # files that are worth reading at a time
+
+    def read(self, name: str) -> bytes | None:
+        """The whole file; None where there is none."""
+        raise NotImplementedError
+
+    def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
+        """Replace the file; whoever reads it sees the old one or the new one.
+
+        `last` is called right before that, and prevents it by raising.
+        """
+        raise NotImplementedError
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that does not exist yet: of several who try, one gets True."""
+        raise NotImplementedError
+
+    def names(self, folder: str) -> list[str]:
+        """Of the files and folders in it, sorted; none where there is no such folder."""
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        """A file or a whole folder; nothing happens where there is none."""
+        raise NotImplementedError
+
+    def sweep(self, folder: str) -> None:
+        """Remove what writers left in it that were killed, where nobody else writes."""
+
+    def path(self, name: str) -> str:
+        """How a person finds the file."""
+        return f"{self.uri}/{name}"
+
+
+class Folder(Place):
+    """On this machine's disk, or a mount that others share."""
+
+    def __init__(self, path: Path) -> None:
+        self.uri = str(path)
+        self._path = path
+
+    def read(self, name: str) -> bytes | None:
+        """See Place."""
+        with self._failing("read", name):
+            try:
+                return (self._path / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
+        """To a temporary file beside it, through to the disk, renamed over."""
+        path = self._path / name
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+        with self._failing("written", name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _flushed(temporary, data)
+                if last:
+                    last()
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See Place."""
+        path = self._path / name
+        with self._failing("written", name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _flushed(path, data)
+            except FileExistsError:
+                return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """See Place."""
+        with self._failing("read", folder):
+            try:
+                return sorted(p.name for p in (self._path / folder).iterdir() if p.name[0] != ".")
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def remove(self, name: str) -> None:
+        """See Place."""
+        path = self._path / name
+        with self._failing("written", name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def sweep(self, folder: str) -> None:
+        """See Place."""
+        with self._failing("written", folder):
+            for path in (self._path / folder).glob(".*"):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _failing(self, done: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self.path(name)} can't be {done}: {error.strerror or line(error)}; mend that "
+                "and run the same command again (or choose another place with --results)"
+            ) from None
+
+
+def _flushed(path: Path, data: bytes) -> None:
+    """A new file, or none."""
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
+
+
+class Bucket(Place):
+    """A prefix of an object store. A read is one get and a write one put, seen whole or not at all.
+
+    Through obstore: pyarrow.fs asks for a file's size and then for that many bytes of whatever lies
+    there by then, and has no put on a condition.
+    """
+
+    readers = 32
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def read(self, name: str) -> bytes | None:
+        """See Place."""
+        with self._failing("read", name) as store:
+            try:
+                return bytes(self._obstore.get(store, name).bytes())
+            except (FileNotFoundError, self._obstore.exceptions.NotFoundError):
+                return None
+
+    def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
+        """See Place."""
+        with self._failing("written", name) as store:
+            if last:
+                last()
+            self._obstore.put(store, name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See Place."""
+        with self._failing("written", name) as store:
+            try:
+                self._obstore.put(store, name, data, mode="create")
+            except self._obstore.exceptions.AlreadyExistsError:
+                return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """See Place."""
+        prefix = f"{folder}/" if folder else ""
+        with self._failing("read", folder) as store:
+            found = self._obstore.list_with_delimiter(store, prefix)
+        paths = [*found["common_prefixes"], *(file["path"] for file in found["objects"])]
+        names = (path.rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted(name for name in names if name and name[0] != ".")
+
+    def remove(self, name: str) -> None:
+        """See Place."""
+        with self._failing("written", name) as store:
+            inside = [file["path"] for file in self._obstore.list(store, f"{name}/").collect()]
+            with suppress(FileNotFoundError):
+                self._obstore.delete(store, [*inside, name])
+
+    @cached_property
+    def _obstore(self) -> Any:
+        try:
+            import obstore
+        except ImportError:
+            raise UserError(
+                f"{self.uri}: results in a bucket need obstore; pip install 'neqbench[cloud]'"
+            ) from None
+        return obstore
+
+    @cached_property
+    def _store(self) -> Any:
+        self._obstore  # noqa: B018 — says what is missing
+        from obstore.store import from_url
+
+        # Plain http is for an endpoint of one's own, which says so itself.
+        plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+        retries = {"max_retries": 7, "retry_timeout": timedelta(seconds=RETRY)}
+        options = {"allow_http": True} if plain else {}
+        return from_url(self.uri, client_options=options, retry_config=retries)
+
+    @contextmanager
+    def _failing(self, done: str, name: str) -> Iterator[Any]:
+        try:
+            yield self._store
+        except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
+            said = line(error).partition(" Debug source")[0]
+            raise StorageError(
+                f"{self.path(name)} can't be {done}: {said}; check bucket, network, region "
+                "(AWS_REGION) and keys (AWS_ACCESS_KEY_ID, …; ~/.aws is not read), then run the "
+                "same command again"
+            ) from None
