@@ -3,39 +3,29 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 
 from harness import check, suites, weights
+from harness.attempt import supervised
 from harness.batches import Batches, Dataset
 from harness.config import Suite, TrialSpec
 from harness.count import Subject, count, subject
 from harness.data import load_data
 from harness.errors import UserError
+from harness.machine import Finding
 from harness.plan import located, specs
 from harness.records import EpochRecord
 from harness.rows import Failure, Slot
 from harness.storage import Store
 from harness.streams import seeded
 from harness.tasks import Task
-from harness.trial import supervised
 
 FEW = 12  # samples of each part that are looked at
 EPOCHS = 3  # of the trial that is broken off and resumed
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at; `wrong`: what is the matter, empty where nothing is."""
-
-    what: str
-    wrong: str
 
 
 def doctor(path: str, settings: list[str]) -> Iterator[Finding]:
@@ -235,7 +225,7 @@ def _run(spec: TrialSpec, root: str, breaks: bool) -> None:
             if isinstance(event, EpochRecord) and event.epoch >= done:
                 done = event.epoch + 1
                 if breaks:
-                    events.close()  # type: ignore[attr-defined]
+                    events.close()
                     break
 
 
@@ -245,12 +235,3 @@ def _flat(batches: Batches, epoch: int) -> list[Tensor]:
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
-
-
-def show(finding: Finding, console: Console) -> None:
-    """One line."""
-    word, style = ("wrong", "red") if finding.wrong else ("ok", "green")
-    line = Text.assemble((f"{word:5} ", style), finding.what)
-    if finding.wrong:
-        line.append(f": {finding.wrong}")
-    console.print(line, soft_wrap=True)

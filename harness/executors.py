@@ -1,19 +1,24 @@
 """Run trials: `inline` in this process one after the other, `ray` as one task each."""
 
+import contextlib
 import os
-import socket
-from collections.abc import Generator, Sequence
+import signal
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from harness import parallel
-from harness.config import Resources, TrialSpec
+from harness import cluster, leases, parallel
+from harness.attempt import Broken, Unstored, lost, supervised
+from harness.config import TrialSpec
 from harness.errors import UserError
+from harness.events import Elsewhere, Event, Halted, Held, Started
+from harness.leases import Claim
+from harness.queue import Queue
 from harness.records import EpochRecord
 from harness.rows import Failure, Slot
 from harness.storage import Store
 from harness.together import MAX_RETRIES, workers_of
-from harness.trial import Broken, Event, lost, supervised
 from harness.tuning import check_precision
 
 Events = Generator[tuple[TrialSpec, Event | None]]
@@ -23,24 +28,104 @@ class Executor(Protocol):
     """Runs trials and says what happens to each; `None` ends a trial."""
 
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
-        """Events of all trials, interleaved as they happen."""
+        """Events of all trials, interleaved as they happen. Raises UserError where results can't be
+        stored any more: trials go on from their last commit another time.
+        """
         ...
 
 
 class Inline:
     """One trial after the other, in this process, and in the others that torchrun has started."""
 
+    def __init__(self, *, retry: bool = False) -> None:
+        self._retry = retry
+
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
         """Events in the order of the trials."""
-        for spec in specs:
-            slot = _slot_here(spec)
-            try:
-                for event in supervised(spec, root, slot):
-                    yield spec, event
-            except Broken as error:  # the other processes wait for this one: end them all
-                yield spec, Failure(str(error), "")
-                raise SystemExit(1) from error
+        queue = Queue(specs, root, retry=self._retry)
+        while parallel.shared(len(queue)):
+            found = (list(queue.events()), queue.take()) if parallel.leads() else None
+            events, taken = parallel.shared(found)
+            yield from events
+            if taken:
+                spec, claim = taken
+                yield from self._trial(spec, claim, root, queue)
+            elif len(queue):
+                time.sleep(1)
+
+    def _trial(self, spec: TrialSpec, claim: Claim, root: str, queue: Queue) -> Events:
+        limit, slot = spec.suite.resources.time_limit, _slot_here(spec)
+        clock = _Clock(limit)
+        events = supervised(spec, root, slot, claim)
+        try:
+            with contextlib.closing(events):  # and its lease given back
+                while (event := clock.next(events)) is not None:
+                    yield spec, _stored(event)
+                    if isinstance(event, Held):
+                        queue.back(spec)
+                        return
             yield spec, None
+        except _TooLongError:
+            if parallel.leads():
+                yield from _given_up(spec, root, slot, too_long(limit), queue)
+            if parallel.workers() > 1:
+                raise SystemExit(1) from None
+        except Unstored as error:
+            raise UserError(str(error)) from None
+        except Broken as error:  # the other processes wait for this one: end them all
+            yield spec, Failure(str(error), "")
+            raise SystemExit(1) from error
+
+
+def _stored(event: Event) -> Event:
+    """Raises UserError for the event that says that results can't be."""
+    if isinstance(event, Halted):
+        raise UserError(event.reason)
+    return event
+
+
+class _TooLongError(BaseException):
+    """Raised by the clock, past whoever handles exceptions."""
+
+
+class _Clock:
+    """Raises _TooLongError in a generator that takes longer than so many seconds in all."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def next(self, events: Iterator[Event]) -> Event | None:
+        """The next event; None at the end."""
+        if self._end is None:
+            return next(events, None)
+
+        def stop(*_: object) -> None:
+            raise _TooLongError
+
+        earlier = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, max(self._end - time.monotonic(), 1e-3))
+        try:
+            return next(events, None)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, earlier)
+
+
+def _given_up(spec: TrialSpec, root: str, slot: Slot, reason: str, queue: Queue) -> Events:
+    event = _stored(lost(spec, root, slot, reason, queue.owner))
+    yield spec, event
+    if isinstance(event, Held):
+        queue.back(spec)
+    else:
+        yield spec, None
+
+
+def too_long(seconds: float | None) -> str:
+    """Why a trial was stopped."""
+    return (
+        f"it took longer than resources.time_limit, {seconds:g} s; raise that with --set "
+        "resources.time_limit=…, or find out why it hangs"
+    )
 
 
 def _slot_here(spec: TrialSpec) -> Slot:
@@ -50,7 +135,7 @@ def _slot_here(spec: TrialSpec) -> Slot:
     gpu = torch.cuda.is_available() and wanted.gpus != 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel.workers() > 1 else 1
     if wanted.gpus not in ("auto", 0) and not gpu:
-        raise UserError(_no_gpu(spec, "this machine"))
+        raise UserError(cluster.no_gpu(spec, "this machine"))
     if gpu and here > torch.cuda.device_count():
         raise UserError(
             f"{here} workers on this machine need a GPU each, and it has "
@@ -70,167 +155,162 @@ def _slot_here(spec: TrialSpec) -> Slot:
 class Ray:
     """One Ray task per trial: on this machine, or on the cluster at `address`."""
 
-    def __init__(self, address: str | None = None) -> None:
-        self._address = address
+    def __init__(self, address: str | None = None, *, retry: bool = False) -> None:
+        self._address, self._retry = address, retry
 
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
         """Events as they happen. A dead worker's trial is tried again, from its checkpoint."""
-        import ray
-
-        _connect(self._address)
-        try:
-            yield from self._run(list(specs), root)
-        finally:
-            ray.shutdown()
-
-    def _run(self, waiting: list[TrialSpec], root: str) -> Events:
-        import ray
-
-        running: dict[Any, _Task] = {}
-        waiting = waiting[::-1]
-        if waiting:
-            _check_device(waiting[-1], _slots(waiting[-1], len(waiting))[1])
-        while waiting or running:
-            while waiting:
-                spec = waiting[-1]
-                slots, slot = _slots(spec, len(waiting) + len(running))
-                together = spec.suite.resources.world_size > 1
-                if len(running) >= slots * (1 if together else 2):
-                    break
-                # With max_calls the process ends with its trial, and gives its memory back.
-                task = ray.remote(max_calls=1)(workers_of if together else supervised)
-                stream = task.options(**_options(spec.suite.resources, slot))
-                running[stream.remote(spec, root, slot)] = _Task(waiting.pop(), root, slot)
-            ready, _ = ray.wait(list(running), timeout=1.0, fetch_local=False)
-            for stream in ready:
-                event = running[stream].next(stream)
-                yield running[stream].spec, event
-                if event is None:
-                    del running[stream]
+        queue = Queue(specs, root, retry=self._retry)
+        with cluster.connected(self._address) as head:
+            running = _Running(queue, root, head)
+            try:
+                if specs:
+                    slot = cluster.slots(specs[0], len(specs), head.nodes)[1]
+                    cluster.check_device(specs[0], slot)
+                while len(queue) or running.tasks:
+                    yield from queue.events()
+                    running.fill(specs[0], slot.gpu)
+                    yield from running.wait()
+                    head.check()
+            finally:
+                running.stop()
 
 
 @dataclass(slots=True)
 class _Task:
-    spec: TrialSpec
-    root: str
-    slot: Slot
-    ended: bool = False
+    """One trial that runs, or waits for its turn in Ray. `seen`: epochs that were told."""
 
-    def next(self, stream: Any) -> Event | None:
-        """The next event of a stream that is ready. None, once, after the trial has ended."""
+    spec: TrialSpec
+    slot: Slot
+    claim: Claim
+    seen: int = 0
+    deaths: int = 0
+    ended: bool = False
+    spent: float = 0.0
+    began: float | None = None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it takes longer than it may."""
+        limit = self.spec.suite.resources.time_limit
+        if self.ended or limit is None or self.began is None:
+            return False
+        return self.spent + time.monotonic() - self.began > limit
+
+    def news(self, event: Event) -> bool:
+        """Whether nothing of the kind was told by an earlier attempt."""
+        if isinstance(event, Started):
+            self.began = time.monotonic()
+            return self.deaths == 0 and self.seen == 0
+        if isinstance(event, EpochRecord):
+            if event.epoch < self.seen:
+                return False
+            self.seen, self.deaths = event.epoch + 1, 0
+            self.ended = self.seen == self.spec.suite.recipe.epochs
+        self.ended |= isinstance(event, Failure | Elsewhere)
+        return True
+
+
+class _Running:
+    """The tasks in Ray: twice as many as fit, so that no slot waits for the driver."""
+
+    def __init__(self, queue: Queue, root: str, head: cluster.Head) -> None:
+        self.tasks: dict[Any, _Task] = {}
+        self._queue, self._root, self._head = queue, root, head
+
+    def fill(self, spec: TrialSpec, gpu: bool) -> None:
+        """Start what there is room for, if all trials are like `spec`."""
+        together = spec.suite.resources.world_size > 1
+        while True:
+            trials = len(self._queue) + len(self.tasks)
+            try:
+                slots, slot = cluster.slots(spec, trials, self._head.nodes, gpu=gpu)
+            except UserError:  # nodes are gone that were there at the start: they may come back
+                return
+            taken = None
+            if len(self.tasks) < slots * (1 if together else 2):
+                taken = self._queue.take()
+            if taken is None:
+                return
+            self._submit(_Task(taken[0], slot, taken[1]))
+
+    def _submit(self, task: _Task) -> None:
+        together = task.spec.suite.resources.world_size > 1
+        remote = cluster.task(workers_of if together else supervised, task.spec, task.slot)
+        self.tasks[remote.remote(task.spec, self._root, task.slot, task.claim)] = task
+
+    def wait(self) -> Events:
+        """What has happened, after a second at the most."""
+        import ray
+
+        if not self.tasks:
+            time.sleep(1 if len(self._queue) else 0)
+            return
+        ready, _ = ray.wait(list(self.tasks), timeout=1.0, fetch_local=False)
+        for stream in ready:
+            task = self.tasks[stream]
+            yield from self._heard(stream, task)
+        for stream, task in list(self.tasks.items()):
+            if task.overdue:
+                self._kill(stream)
+                yield from self._given_up(task, too_long(task.spec.suite.resources.time_limit))
+
+    def _heard(self, stream: Any, task: _Task) -> Events:
         import ray
 
         try:
-            event: Event | None = ray.get(next(stream))
+            event: Event = ray.get(next(stream))
         except StopIteration:
-            event = None if self.ended else self._unheard()
+            del self.tasks[stream]
+            yield from self._died(task, "it ended without a word")
+        except ray.exceptions.RayTaskError as error:  # not even begun
+            del self.tasks[stream]
+            yield from self._given_up(task, f"its worker failed: {cluster.said(error)}")
         except ray.exceptions.RayError as error:
-            reason = f"its worker died {MAX_RETRIES + 1} times ({type(error).__name__})"
-            event = lost(self.spec, self.root, self.slot, reason)
-        last = self.spec.suite.recipe.epochs - 1
-        self.ended |= isinstance(event, Failure)
-        self.ended |= isinstance(event, EpochRecord) and event.epoch == last
-        return event
+            del self.tasks[stream]
+            yield from self._died(task, cluster.said(error))
+        else:
+            if isinstance(event, Held):
+                del self.tasks[stream]
+                self._queue.back(task.spec)
+            if task.news(event):
+                yield task.spec, _stored(event)
 
-    def _unheard(self) -> Failure:
-        """A second attempt that fails sooner than the first was killed ends without a word."""
-        row = Store(self.root, self.spec.suite.name).trial(self.spec.key)
-        if row is None or row["state"] != "failed":
-            return lost(self.spec, self.root, self.slot, "its worker ended before the trial")
-        return Failure(row["reason"], row["traceback"])
-
-
-def _options(resources: Resources, slot: Slot) -> dict[str, Any]:
-    """Of a trial's task; one of several workers only watches over them."""
-    alone = resources.world_size == 1
-    return {
-        "num_cpus": resources.cpus if alone else 0,
-        "num_gpus": resources.gpus_each if slot.gpu and alone else 0,
-        "num_returns": "streaming",
-        "max_retries": MAX_RETRIES,
-    }
-
-
-def _slots(spec: TrialSpec, trials: int) -> tuple[int, Slot]:
-    """How many trials fit the cluster at a time, and what each is given.
-
-    Raises UserError where not even one fits.
-    """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = spec.suite.resources
-    any_gpu = any(node.get("GPU", 0) for node in nodes)
-    gpus = wanted.gpus_each if any_gpu or wanted.gpus != "auto" else 0
-    if gpus and not any_gpu:
-        raise UserError(_no_gpu(spec, "the Ray cluster"))
-    fitting = [
-        int(min(node.get("CPU", 0) / wanted.cpus, node.get("GPU", 0) / gpus if gpus else 1e9))
-        for node in nodes
-    ]
-    world = wanted.world_size
-    if sum(fitting) < world:
-        each = f"{world} workers with {wanted.cpus} CPUs and {gpus:g} GPUs each"
-        alone = f"{wanted.cpus} CPUs and {gpus:g} GPUs, more than any node of"
-        total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
-        raise UserError(
-            f"suite {spec.suite.name}: one trial asks for "
-            + (alone if world == 1 else f"{each}, more than there are in")
-            + f" the Ray cluster, with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs in all; "
-            "lower them with --set resources.cpus=… or resources.gpus=…"
+    def _died(self, task: _Task, how: str) -> Events:
+        """Tried again from its last commit, but not for ever at the same epoch."""
+        if task.ended:
+            yield task.spec, None
+            return
+        task.deaths += 1
+        if task.began is not None:  # what it waits for the next worker is not its own time
+            task.spent, task.began = task.spent + time.monotonic() - task.began, None
+        if task.deaths <= MAX_RETRIES:
+            self._submit(task)
+            return
+        beat = leases.latest(Store(self._root, task.spec.suite.name).place, task.spec.key)
+        used = f"{beat.memory / 2**30:.1f} GiB" if beat and beat.memory else "an unknown amount"
+        reason = (
+            f"its workers died {task.deaths} times ({how}); they had used up to {used} of memory: "
+            "where that was too much, lower recipe.forward_batch"
         )
-    per_device = max(int(1 / gpus), 1) if gpus else max(max(fitting) // world, 1)
-    return sum(fitting) // world, Slot(bool(gpus), min(per_device, trials))
+        yield from self._given_up(task, reason)
 
+    def _given_up(self, task: _Task, reason: str) -> Events:
+        return _given_up(task.spec, self._root, task.slot, reason, self._queue)
 
-def _check_device(spec: TrialSpec, slot: Slot) -> None:
-    """Raises UserError where the cluster's GPU lacks the suite's precision."""
-    import ray
+    def _kill(self, stream: Any) -> None:
+        import ray
 
-    if not slot.gpu:
-        return
-    precision, gpus = spec.suite.recipe.precision, spec.suite.resources.gpus_each
-    try:
-        ray.get(ray.remote(max_calls=1)(_look).options(num_cpus=0, num_gpus=gpus).remote(precision))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, UserError) else error from None
+        task = self.tasks.pop(stream)
+        if self._head.answers():
+            ray.cancel(stream, force=True)
+        place = Store(self._root, task.spec.suite.name).place
+        leases.kill(leases.latest(place, task.spec.key), self._queue.owner)
 
-
-def _look(precision: str) -> None:
-    check_precision(precision, parallel.device(gpu=True))
-
-
-def _no_gpu(spec: TrialSpec, where: str) -> str:
-    return (
-        f"suite {spec.suite.name}: resources.gpus asks for {spec.suite.resources.gpus} and "
-        f"{where} has none; run on the CPU with --set resources.gpus=0"
-    )
-
-
-def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    # Without "local" Ray would join whatever was last started on this machine, alive or not.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    try:
-        _knock(address)
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({error}); check --address, RAY_ADDRESS and, "
-            "where the cluster asks for one, the token (RAY_AUTH_TOKEN)"
-        ) from None
-
-
-def _knock(address: str) -> None:
-    """Raise OSError at once where nothing listens: Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    def stop(self) -> None:
+        """End all tasks and give their trials back."""
+        for stream, task in list(self.tasks.items()):
+            with contextlib.suppress(UserError):  # the next run waits for these leases instead
+                self._kill(stream)
+                place = Store(self._root, task.spec.suite.name).place
+                leases.free(place, task.spec.key, self._queue.owner)

@@ -1,8 +1,10 @@
 """From a suite to its trials: what there is to run, and how far each one is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
+from typing import overload
 
 from harness import parallel, suites, weights
 from harness.config import Resources, Suite, TrialSpec
@@ -13,11 +15,37 @@ from harness.storage import Store
 STATES = {None: "to do", "running": "partial", "done": "done", "failed": "failed"}
 
 
+class Trials(Sequence[TrialSpec]):
+    """The trials of a suite, each made when it is asked for."""
+
+    def __init__(self, first: TrialSpec, choices: Sequence[tuple[str, int]]) -> None:
+        self._first, self._choices = first, choices
+
+    @overload
+    def __getitem__(self, at: int) -> TrialSpec: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Trials": ...
+    def __getitem__(self, at: int | slice) -> "TrialSpec | Trials":
+        if isinstance(at, slice):
+            return Trials(self._first, self._choices[at])
+        method, seed = self._choices[at]
+        return self._first.model_copy(update={"method": method, "seed": seed})
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def those(self, wanted: Iterable[bool]) -> "Trials":
+        """Those for which it is true, one for each trial."""
+        return Trials(self._first, list(compress(self._choices, wanted)))
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A trial and its state: to do, partial, done or failed."""
 
-    spec: TrialSpec
+    key: str
+    method: str
+    seed: int
     state: str
     epochs_done: int
 
@@ -28,47 +56,47 @@ def specs(
     methods: str | None = None,
     seeds: str | None = None,
     synthetic: bool = False,
-) -> list[TrialSpec]:
+) -> Trials:
     """The suite's trials, seed by seed so that a run broken off has whole comparisons.
 
     `methods` and `seeds` are as on the command line: "baseline,neq", "0-4" or "0,2". Opens the
     data for their fingerprint. Raises UserError for anything wrong in suite, choice or data.
     """
     suite, folder = located(*suites.load(name, settings), synthetic=synthetic)
-    chosen = _methods(suite, methods)
-    numbers = _seeds(seeds) if seeds is not None else suite.seeds
+    chosen = chosen_methods(suite, methods)
+    numbers = chosen_seeds(seeds) if seeds is not None else suite.seeds
     data = load_data(suite, folder)
     fingerprint = data.fingerprint()
     code = suites.code(suite, folder, shipped=name in suites.builtin())
     metric = suites.build_task(suite, folder).metric
     identity = weights.identity(suite.model.weights)
-    return [
-        TrialSpec(
-            suite=suite,
-            folder=str(folder),
-            method=method,
-            seed=seed,
-            code=code,
-            fingerprint=fingerprint,
-            weights=identity,
-            data_name=data.name,
-            metric=metric,
-        )
-        for seed in numbers
-        for method in chosen
-    ]
+    first = TrialSpec(
+        suite=suite,
+        folder=str(folder),
+        method=chosen[0],
+        seed=numbers[0],
+        code=code,
+        fingerprint=fingerprint,
+        weights=identity,
+        data_name=data.name,
+        metric=metric,
+    )
+    return Trials(first, [(method, seed) for seed in numbers for method in chosen])
 
 
 def states(trials: Sequence[TrialSpec], root: str) -> list[Planned]:
     """Each trial with its state below the results folder `root`."""
+    store = Store(root, trials[0].suite.name)
+    rows = store.read("trials", ["trial", "state", "epochs_done"]).to_pylist()
+    known = {row["trial"]: (row["state"], row["epochs_done"]) for row in rows}
+    whole = store.with_rows()
     planned = []
     for spec in trials:
-        store = Store(root, spec.suite.name)
-        row = store.trial(spec.key)
-        state, done = (row["state"], row["epochs_done"]) if row else (None, 0)
-        if state == "done" and not store.has_rows(spec.key):
+        key = spec.key
+        state, done = known.get(key, (None, 0))
+        if state == "done" and key not in whole:
             state = "running"  # its checkpoint still has them
-        planned.append(Planned(spec, STATES[state], done))
+        planned.append(Planned(key, spec.method, spec.seed, STATES[state], done))
     return planned
 
 
@@ -105,7 +133,8 @@ def _launched(suite: Suite) -> Resources:
     return wanted.model_copy(update={"workers": launched, "gpus": "auto" if wanted.gpus else 0})
 
 
-def _methods(suite: Suite, chosen: str | None) -> list[str]:
+def chosen_methods(suite: Suite, chosen: str | None) -> list[str]:
+    """By `--methods`, or the suite's own choice; raises UserError for one that it does not have."""
     names = list(suite.default_methods or suite.methods)
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
@@ -126,7 +155,8 @@ def _methods(suite: Suite, chosen: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _seeds(text: str) -> list[int]:
+def chosen_seeds(text: str) -> list[int]:
+    """By `--seeds`; raises UserError for what is none."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

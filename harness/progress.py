@@ -11,15 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.config import TrialSpec
+from harness.events import Elsewhere, Event, Held, Notice
 from harness.records import EpochRecord
 from harness.rows import Failure
-from harness.trial import Event
 
 
 @dataclass(slots=True)
 class _Running:
     spec: TrialSpec
     records: list[EpochRecord] = field(default_factory=list)
+    elsewhere: bool = False
 
     @property
     def seconds_left(self) -> float | None:
@@ -67,6 +68,17 @@ class Progress:
 
     def follow(self, spec: TrialSpec, event: Event | None) -> None:
         """One event of one trial; None ends it."""
+        if isinstance(event, Notice):
+            self._print(Text(f"note    {_name(spec)}: {event.text}", style="yellow"))
+        elif isinstance(event, Held):
+            self._to_do += self._running.pop(spec.key, None) is not None
+            self._print(Text(f"waits   {_name(spec)}: another run has it"))
+        else:
+            self._follow(spec, event)
+        if self._live:
+            self._live.update(self._view())
+
+    def _follow(self, spec: TrialSpec, event: Event | None) -> None:
         trial = self._running.get(spec.key)
         if trial is None:
             trial = self._running[spec.key] = _Running(spec)
@@ -81,11 +93,15 @@ class Progress:
             del self._running[spec.key]
             if all(spec != failed for failed, _ in self.failures):
                 self._finish(trial)
-        if self._live:
-            self._live.update(self._view())
+        elif isinstance(event, Elsewhere):
+            trial.elsewhere = True
 
     def _finish(self, trial: _Running) -> None:
         self._done += 1
+        if trial.elsewhere:
+            done = f"done    {_name(trial.spec)}: by another run ({self._summary()})"
+            self._print(Text(done))
+            return
         last = trial.records[-1]
         seconds = sum(_seconds(record) for record in trial.records)
         line = (

@@ -1,9 +1,10 @@
 """`neqbench run`: check, execute what is not done, report."""
 
 import contextlib
-from collections.abc import Sequence
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +14,8 @@ from harness.check import check
 from harness.config import TrialSpec
 from harness.errors import UserError
 from harness.executors import Executor, Inline, Ray
-from harness.plan import specs, states
+from harness.places import place
+from harness.plan import Trials, specs, states
 from harness.progress import Progress
 from harness.storage import Store
 
@@ -39,6 +41,21 @@ def run(wanted: Wanted, console: Console) -> int:
     Under torchrun every process does so, together with the others, and one of them talks. Raises
     UserError for anything that is wrong before the first trial.
     """
+    with _terminable():
+        return _checked(wanted, console)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill, as of a job that is stopped, is a Ctrl-C."""
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _checked(wanted: Wanted, console: Console) -> int:
     trials = specs(
         wanted.suite, wanted.settings, wanted.methods, wanted.seeds, synthetic=wanted.synthetic
     )
@@ -50,35 +67,36 @@ def run(wanted: Wanted, console: Console) -> int:
         return _run(replace(wanted, executor="inline"), trials, console)
 
 
-def _run(wanted: Wanted, trials: list[TrialSpec], console: Console) -> int:
-    root = str(Path(wanted.root).absolute())
-    store = Store(root, trials[0].suite.name)
+def _run(wanted: Wanted, trials: Trials, console: Console) -> int:
+    root = place(wanted.root).uri
+    store, group = Store(root, trials[0].suite.name), trials[0].group
     store.check_writable()
     planned = states(trials, root)
-    leading = parallel.shared(planned)
-    if [p.spec.key for p in leading] != [p.spec.key for p in planned]:
+    if parallel.shared(group) != group:
         raise UserError(
             "the data, code or weights on this machine differ from rank 0's: make them equal"
         )
-    planned = leading  # their states may have changed meanwhile
-    todo = [
-        p
-        for p in planned
-        if p.state in ("to do", "partial") or (wanted.retry_failed and p.state == "failed")
-    ]
-    failed = len([p for p in planned if p.state == "failed" and p not in todo])
-    if todo:
-        check(trials)
-        done = len(planned) - len(todo) - failed
-        runner: Executor = Inline() if wanted.executor == "inline" else Ray(wanted.address)
-        failed += _execute(runner, [p.spec for p in todo], done, root, console)
+    again = ("to do", "partial", "failed") if wanted.retry_failed else ("to do", "partial")
+    todo = trials.those(p.state in again for p in planned)
+    count = Counter(p.state for p in planned if p.state not in again)
+    failed = count["failed"]
     if parallel.leads():
-        _report(store, trials, console)
+        store.plan(group, [(p.key, p.method, p.seed) for p in planned])
+    if parallel.shared(len(todo)):
+        check(trials)
+        runner: Executor = (
+            Inline(retry=wanted.retry_failed)
+            if wanted.executor == "inline"
+            else Ray(wanted.address, retry=wanted.retry_failed)
+        )
+        failed += _execute(runner, todo, count["done"], root, console)
+    if parallel.leads():
+        _report(store, group, console)
     return failed
 
 
 def _execute(
-    runner: Executor, todo: list[TrialSpec], done: int, root: str, console: Console
+    runner: Executor, todo: Sequence[TrialSpec], done: int, root: str, console: Console
 ) -> int:
     with (
         Progress(console, done, len(todo)) as progress,
@@ -89,9 +107,8 @@ def _execute(
     return len(progress.failures)
 
 
-def _report(store: Store, trials: list[TrialSpec], console: Console) -> None:
+def _report(store: Store, group: str, console: Console) -> None:
     from harness.report import model, terminal
 
-    groups = {trial.group for trial in trials}
-    tables = [table for table in model.load([store.folder]) if table.group in groups]
+    tables = [table for table in model.load([store]) if table.group == group]
     terminal.show(tables, console)

@@ -6,10 +6,8 @@ torch.distributed has several processes, each runs this and the trial is theirs 
 """
 
 import math
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness import parallel, suites, weights
 from harness.batches import Forward
-from harness.config import Suite, TrialSpec
+from harness.config import TrialSpec
 from harness.data import load_data
-from harness.errors import UserError
+from harness.errors import UserError, line
+from harness.events import Notice, went_on
 from harness.flops import measure
 from harness.methods import Method
 from harness.optimizers import build_optimizer
+from harness.places import StorageError
 from harness.records import EpochRecord
-from harness.rows import Failure, Rows, Slot
-from harness.storage import Follower, Store
-from harness.streams import restored, seed_globals
-from harness.tuning import Tuning, autocast, check_precision, kept, numerics
+from harness.rows import Rows
+from harness.streams import seed_globals
+from harness.tuning import Tuning, autocast, check_precision, kept
 from neq.parallel import broadcast_buffers
 from neq.timings import stopwatch
 
@@ -40,81 +39,6 @@ class DivergedError(Exception):
     """The training loss is not finite any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The trial is being built."""
-
-
-Event = Started | EpochRecord | Failure
-
-
-class Broken(Exception):  # noqa: N818
-    """One of several processes failed, and its row says why, or died; the others can't go on."""
-
-
-def supervised(spec: TrialSpec, root: str, slot: Slot) -> Iterator[Event]:
-    """The trial's records, those of earlier attempts first; ends with a Failure if it raises.
-
-    The i-th event is the same in every attempt, up to measured times: whoever listens loses
-    nothing. A failure is stored with its traceback; only an interrupt leaves this generator, and
-    Broken where a failure is that of one process among several.
-    """
-    store = Store(root, spec.suite.name)
-    rows = Rows(spec, store if parallel.leads() else Follower(store), slot)
-    yield Started()
-    try:
-        with _process(spec.suite, slot):
-            yield from Trial(spec, rows).records()
-    except DivergedError as error:  # every process has seen the same loss
-        yield _record(rows, Failure(str(error), traceback.format_exc()))
-    except Exception as error:
-        failure = Failure(_reason(error, spec), traceback.format_exc())
-        if spec.suite.resources.world_size == 1:  # its group may be gone by now
-            yield _record(rows, failure)
-            return
-        if not parallel.lost_another(error):
-            rows.store = store
-            _record(rows, failure)
-        raise Broken(failure.reason) from error
-
-
-def _reason(error: Exception, spec: TrialSpec) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        size = spec.suite.recipe.forward_size(spec.suite.resources.world_size)
-        return f"the GPU's memory is full with {size} samples; lower recipe.forward_batch"
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def lost(spec: TrialSpec, root: str, slot: Slot, reason: str) -> Failure:
-    """Record, from the driver, a trial whose process died too often to say so itself."""
-    store = Store(root, spec.suite.name)
-    rows = Rows(spec, store, slot, here=False)
-    state = store.load_checkpoint(spec.key)
-    if state is not None:
-        rows.load(state["rows"])
-    return _record(rows, Failure(reason, ""))
-
-
-def _record(rows: Rows, failure: Failure) -> Failure:
-    try:
-        rows.publish(failure)
-    except OSError as error:  # a full disk may be why it failed
-        return replace(failure, reason=f"{failure.reason} (and could not be stored: {error})")
-    return failure
-
-
-@contextmanager
-def _process(suite: Suite, slot: Slot) -> Iterator[None]:
-    """Determinism for one trial; the process is left as it was."""
-    threads = torch.get_num_threads()
-    gpus = [parallel.device(gpu=True)] if slot.gpu else []
-    try:
-        with torch.random.fork_rng(gpus), restored(), numerics(suite.recipe.precision):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class Trial:
     """The training of one spec: all its state, and the loop over its epochs."""
 
@@ -123,15 +47,19 @@ class Trial:
         self.store, self.rows = rows.store, rows
         self.device = parallel.device(rows.slot.gpu)
 
-    def records(self) -> Iterator[EpochRecord]:
+    def records(self) -> Iterator[EpochRecord | Notice]:
         """All epochs from 0 on: the committed ones from the checkpoint, the others computed."""
-        state = self.store.load_checkpoint(self.spec.key)
+        damaged: list[str] = []
+        state = self.store.load_checkpoint(self.spec.key, damaged.append)
+        for path in damaged:
+            yield went_on(path)
         if state is not None:
-            self.rows.load(state["rows"])
+            with self._fitting():
+                self.rows.load(state["rows"])
         if not parallel.equal(len(self.rows.epochs)):
             raise UserError(
-                f"the workers do not find the same checkpoint below {self.store.folder}; --results "
-                "must lie where every node sees it"
+                f"the workers do not find the same checkpoint below {self.store.place.uri}; "
+                "--results must lie where every node sees it"
             )
         for record in list(self.rows.epochs):  # noqa: UP028 — Ray sends; a list can't receive
             yield record
@@ -145,10 +73,23 @@ class Trial:
         if state is None:
             self.method.start(self._deciding())
         else:
-            self._restore(state)
+            with self._fitting():
+                self._restore(state)
         del state
         for epoch in range(len(self.rows.epochs), self.recipe.epochs):
             yield self._epoch(epoch)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Raises StorageError where a checkpoint is whole, and yet not one of this trial."""
+        try:
+            yield
+        except Exception as error:
+            raise StorageError(
+                f"{self.store.place.path('checkpoints')}/{self.spec.key} does not fit this "
+                f"neqbench ({line(error)}); use what wrote it, or delete it: the trial "
+                "is computed anew"
+            ) from error
 
     def _build(self, state: dict[str, Any] | None) -> None:
         parts, seed, folder = self.suite.model, self.spec.seed, self.spec.folder
@@ -203,7 +144,8 @@ class Trial:
             return
         state = {name: part.state_dict() for name, part in self._stateful().items()}
         state |= {"tuning": self.tuning.to_json(), "rows": self.rows.state()}
-        self.store.save_checkpoint(self.spec.key, state)
+        done, last = len(self.rows.epochs), self.rows.complete
+        self.store.save_checkpoint(self.spec.key, done, state, last=last)
 
     def _epoch(self, epoch: int) -> EpochRecord:
         if self.device.type == "cuda":

@@ -15,14 +15,14 @@ import torch
 from torch import distributed, multiprocessing
 from trials import SLOT, SMALL, assert_same_results, keep_tuning, results, small
 
-from harness import batches, check, parallel, plan, samples, storage, suites
+from harness import batches, check, parallel, places, plan, samples, suites
+from harness.attempt import Broken, supervised
 from harness.data import load_data
 from harness.errors import UserError
 from harness.executors import Inline, Ray
 from harness.records import EpochRecord
 from harness.rows import Failure
 from harness.storage import Store
-from harness.trial import Broken, supervised
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -87,8 +87,13 @@ def worker(rank, world, folder, specs, root, epochs):
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", world)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    seen, written, replace = [], [], storage._replace
-    storage._replace = lambda path, data: (written.append(path), replace(path, data))
+    seen, written, write = [], [], places.Folder.write
+
+    def noted(place, name, data, last=None):
+        written.append(name)
+        write(place, name, data, last)
+
+    places.Folder.write = noted
     try:
         for spec in specs:
             for count, event in enumerate(supervised(spec, root, SLOT)):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from trials import METHODS, assert_same_results, keep_tuning, results, run, same, small
 
+from harness.attempt import supervised
+from harness.events import Halted, Started
 from harness.records import EpochRecord
 from harness.rows import Failure, Slot
 from harness.storage import Store
-from harness.trial import Started, supervised
 
 
 def records(events):
@@ -51,7 +52,7 @@ def test_a_finished_trial_is_not_computed_again(tmp_path):
     first = records(run(spec, tmp_path))
     store = Store(tmp_path, "digits")
     for kind in ("trials", "epochs"):  # lost after the last commit
-        (store.folder / kind / f"{spec.key}.parquet").unlink()
+        (tmp_path / "digits" / kind / f"{spec.key}.parquet").unlink()
     again = records(run(spec, tmp_path))
     assert [r.test_loss for r in again] == [r.test_loss for r in first]
     assert [r.seconds_train for r in again] == [r.seconds_train for r in first]
@@ -160,7 +161,7 @@ def test_what_earlier_attempts_ran_on_is_kept(tmp_path):
     assert Store(tmp_path, "digits").trial(spec.key)["trials_on_device"] == 8
 
 
-def test_a_full_disk_is_a_failure_that_stops_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_and_not_the_trial(tmp_path, monkeypatch):
     def full(_fd):
         raise OSError(28, "No space left on device")
 
@@ -168,9 +169,11 @@ def test_a_full_disk_is_a_failure_that_stops_nothing(tmp_path, monkeypatch):
     keep_tuning(spec, tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     *_, last = run(spec, tmp_path)
-    assert isinstance(last, Failure)
+    assert isinstance(last, Halted)
     assert "No space left on device" in last.reason
-    assert "could not be stored" in last.reason
+    monkeypatch.undo()
+    run(spec, tmp_path)
+    assert Store(tmp_path, "digits").trial(spec.key)["state"] == "done"
 
 
 def test_threads_are_decided_once(tmp_path):
@@ -183,11 +186,28 @@ def test_threads_are_decided_once(tmp_path):
     assert Store(tmp_path, "digits").trial(spec.key)["attempts"] == 2
 
 
-def test_a_damaged_checkpoint_is_a_failure_and_loses_nothing(tmp_path):
+def test_where_all_are_damaged_nothing_is_lost(tmp_path):
     spec = small("baseline")
     run(spec, tmp_path, epochs=2)
-    path = tmp_path / "digits" / "checkpoints" / f"{spec.key}.pt"
-    path.write_bytes(path.read_bytes()[:1000])
+    for path in (tmp_path / "digits" / "checkpoints" / spec.key).iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
     *_, last = run(spec, tmp_path)
-    assert "is damaged" in last.reason
+    assert isinstance(last, Halted)
+    assert f"every checkpoint of trial {spec.key} is damaged; delete" in last.reason
+    assert Store(tmp_path, "digits").trial(spec.key)["state"] == "running"
     assert len(pd.read_parquet(tmp_path / "digits" / "epochs")) == 2
+
+
+def test_where_the_last_commit_is_damaged_the_one_before_it_serves(tmp_path):
+    spec = small("neq")
+    run(spec, tmp_path / "through")
+    run(spec, tmp_path / "damaged", epochs=3)
+    older, newest = sorted((tmp_path / "damaged/digits/checkpoints" / spec.key).iterdir())
+    assert (older.name[:6], newest.name[:6]) == ("000002", "000003")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    _, note, *rest = run(spec, tmp_path / "damaged")
+    assert str(newest) in note.text
+    assert [record.epoch for record in rest] == list(range(5))
+    assert_same_results(spec, tmp_path / "through", tmp_path / "damaged")
+    (last,) = (tmp_path / "damaged/digits/checkpoints" / spec.key).iterdir()
+    assert last.name.startswith("000005.")

@@ -1,14 +1,16 @@
 """Small real trials for the tests: a few epochs of the digits suite, or of a suite of one's own."""
 
+import signal
+from pathlib import Path
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import torch
 
 from harness import plan, suites, tuning
+from harness.attempt import supervised
 from harness.rows import Slot
 from harness.storage import Store
-from harness.trial import supervised
 
 SMALL = [
     "data.train_size=230",
@@ -61,11 +63,16 @@ def results(spec, root):
     del checkpoint["rows"]
     tables = []
     for kind in ("epochs", "layers"):
-        table = pq.read_table(store.folder / kind / f"{spec.key}.parquet")
+        table = pq.read_table(Path(root) / store.name / kind / f"{spec.key}.parquet")
         names = table.column_names
         measured = [c for c in names if c.startswith("seconds_") or c == "peak_memory_bytes"]
         tables.append(table.drop_columns(measured))
     return checkpoint, *tables
+
+
+def heed_ctrl_c():
+    """For new processes: in a shell's background it is ignored, and they would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def same(a, b):
