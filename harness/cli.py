@@ -1,12 +1,15 @@
 """The command line. Heavy imports happen inside commands: `--help` answers at once."""
 
-import json
+import gc
 import os
+import shlex
 import sys
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from harness.console import console, table, write, write_json
+from harness.console import status as progress
 from harness.errors import UserError
 
 INTERRUPTED = 130
@@ -32,6 +35,8 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw of fr
 Methods = Annotated[str | None, typer.Option(help="Which methods: baseline,neq.")]
 Seeds = Annotated[str | None, typer.Option(help="Which seeds: 0-4 or 0,2.")]
 Synthetic = Annotated[bool, typer.Option("--synthetic", help="On noise of the right shape.")]
+Address = Annotated[str | None, typer.Option(help="Join the Ray cluster at this address.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also try failed trials again.")]
 Results = Annotated[str, typer.Option(metavar="ROOT", help="Where results lie.")]
 Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or for programs.")]
 
@@ -47,8 +52,11 @@ def main() -> NoReturn:
         if usage is None:
             raise
         _refuse(f"{usage()} (see neqbench --help)")
-    if code == INTERRUPTED:
-        print("interrupted: the same command goes on from the last epoch", file=sys.stderr)
+    if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
+        again = shlex.join(["neqbench", *sys.argv[1:]])
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            again = "the same torchrun command"
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -71,16 +79,16 @@ def suites(format: Format = "rich") -> None:
 
     loaded = [load(name)[0] for name in builtin()]
     if format == "json":
-        _json([suite.model_dump(mode="json") for suite in loaded])
+        write_json([suite.model_dump(mode="json") for suite in loaded])
         return
-    table = _table("suite", "what", "methods", "seeds", "epochs")
+    shown = table("suite", "what", "methods", "seeds", "epochs")
     for suite in loaded:
         chosen = suite.default_methods or tuple(suite.methods)
         more = [name for name in suite.methods if name not in chosen]
         methods = ", ".join(chosen) + (f" (also {', '.join(more)})" if more else "")
         cells = [suite.name, suite.title, methods, len(suite.seeds), suite.recipe.epochs]
-        table.add_row(*map(str, cells))
-    _console().print(table)
+        shown.add_row(*map(str, cells))
+    console().print(shown)
 
 
 @app.command()
@@ -96,28 +104,29 @@ def plan(
     """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
     from harness.plan import specs, states
 
-    planned = states(specs(suite, settings or (), methods, seeds, synthetic=synthetic), results)
+    gc.disable()  # a tenth of the time: there is nothing to collect
+    trials = specs(suite, settings or (), methods, seeds, synthetic=synthetic)
+    planned, epochs = states(trials, results), trials[0].suite.recipe.epochs
     if format == "json":
-        _json(
+        write_json(
             [
                 {
-                    "trial": p.spec.key,
-                    "group": p.spec.group,
-                    "method": p.spec.method,
-                    "seed": p.spec.seed,
+                    "trial": p.key,
+                    "group": trials[0].group,
+                    "method": p.method,
+                    "seed": p.seed,
                     "state": p.state,
                     "epochs_done": p.epochs_done,
-                    "epochs": p.spec.suite.recipe.epochs,
+                    "epochs": epochs,
                 }
                 for p in planned
             ]
         )
         return
-    table = _table("trial", "method", "seed", "state", "epochs")
+    shown = table("trial", "method", "seed", "state", "epochs")
     for p in planned:
-        epochs = f"{p.epochs_done}/{p.spec.suite.recipe.epochs}"
-        table.add_row(p.spec.key, p.spec.method, str(p.spec.seed), p.state, epochs)
-    _console().print(table)
+        shown.add_row(p.key, p.method, str(p.seed), p.state, f"{p.epochs_done}/{epochs}")
+    console().print(shown)
 
 
 @app.command()
@@ -131,12 +140,8 @@ def run(
     executor: Annotated[
         Literal["ray", "inline"], typer.Option(help="Ray tasks, or this process.")
     ] = "ray",
-    address: Annotated[
-        str | None, typer.Option(help="Join the Ray cluster at this address.")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Also try failed trials again.")
-    ] = False,
+    address: Address = None,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Run what is not done yet, then print the report. The same command resumes."""
     from harness.run import Wanted
@@ -153,7 +158,7 @@ def run(
         address=address,
         retry_failed=retry_failed,
     )
-    failed = run_suite(wanted, _console())
+    failed = run_suite(wanted, console())
     if failed:
         raise typer.Exit(1)
 
@@ -163,21 +168,84 @@ def prepare(suite: SuiteName, settings: Settings = None) -> None:
     """Fetch or check a suite's data: layout, counts, and whether samples decode."""
     from harness.prepare import prepare as fetch
 
-    fetch(suite, settings or (), _console())
+    fetch(suite, settings or (), console())
 
 
 @app.command()
-def doctor(suite: SuiteName, settings: Settings = None) -> None:
-    """Say what a suite of one's own gets wrong."""
-    from harness.doctor import doctor as examine
-    from harness.doctor import show
+def doctor(
+    suite: Annotated[str | None, typer.Argument(help="A suite; without, this machine.")] = None,
+    settings: Settings = None,
+    results: Results = "results",
+    address: Address = None,
+) -> None:
+    """Say what this machine lacks, or what a suite of one's own gets wrong."""
+    from harness.machine import machine, show
 
-    console, wrong = _console(), False
-    for finding in examine(suite, settings or []):
-        show(finding, console)
+    wrong = False
+    findings = machine(results, address)
+    if suite is not None:
+        from harness.doctor import doctor as examine
+
+        findings = examine(suite, settings or [])
+    for finding in findings:
+        show(finding, console())
         wrong |= bool(finding.wrong)
     if wrong:
         raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    what: Annotated[
+        str | None, typer.Argument(help="A suite, or results (all below --results).")
+    ] = None,
+    results: Results = "results",
+    watch: Annotated[bool, typer.Option("--watch", help="Until nothing is left to do.")] = False,
+    format: Format = "rich",
+) -> None:
+    """Show what became of every trial, from the results alone; from any machine that sees them."""
+    from harness import status as module
+    from harness.storage import Store, stores
+
+    def find() -> list[Store]:
+        return stores(what or results, results)
+
+    if watch:
+        module.watch(find, console())
+    elif format == "json":
+        write_json(module.to_json(module.Reader(find).read()))
+    else:
+        module.show(module.Reader(find).read(), console())
+
+
+@app.command()
+def submit(
+    suite: SuiteName,
+    address: Annotated[str, typer.Option(help="Of the cluster's dashboard: http://head:8265.")],
+    results: Annotated[
+        str, typer.Option(metavar="ROOT", help="Where every node sees it: s3://…, gs://…, /mnt/….")
+    ],
+    settings: Settings = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    synthetic: Synthetic = False,
+    retry_failed: RetryFailed = False,
+) -> None:
+    """Run a suite as a job on a Ray cluster. Submitted again, it goes on where it stopped."""
+    from harness.submit import Job
+    from harness.submit import submit as send
+
+    job = Job(
+        suite=suite,
+        settings=settings or (),
+        methods=methods,
+        seeds=seeds,
+        synthetic=synthetic,
+        retry_failed=retry_failed,
+        results=results,
+        address=address,
+    )
+    send(job, console())
 
 
 @app.command()
@@ -188,12 +256,14 @@ def report(
 ) -> None:
     """Compare the methods of stored runs with the baseline."""
     from harness.report import model, terminal
+    from harness.storage import stores
 
-    tables = model.load(model.folders(what, results))
+    gc.disable()  # a tenth of the time: there is nothing to collect
+    tables = model.load(stores(what, results))
     if format == "json":
-        _write(model.to_json(tables))
+        write(model.to_json(tables))
     else:
-        terminal.show(tables, _console())
+        terminal.show(tables, console())
 
 
 @app.command()
@@ -214,9 +284,9 @@ def flops(
 
     counted = count(subject(suite, settings or (), model, input), frozen, seed, verify)
     if format == "json":
-        _json(counted.json())
+        write_json(counted.json())
     else:
-        show(counted, _console())
+        show(counted, console())
     if not counted.agrees:
         raise typer.Exit(1)
 
@@ -243,55 +313,10 @@ def speed(
     from harness.speed import speed as measure
 
     wanted = shares(frozen)
-    with _status() as status:
+    with progress() as shown:
         found = subject(suite, settings or (), model, input)
-        timed = measure(found, batch, wanted, seed, precision, status.update)
+        timed = measure(found, batch, wanted, seed, precision, shown.update)
     if format == "json":
-        _json(timed.json())
+        write_json(timed.json())
     else:
-        show(timed, _console())
-
-
-def _status() -> Any:
-    """A line on the error stream, where that is a terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True).status("reading the model")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Patient(Console):
-        """Works on when nobody reads any more (`neqbench run … | head`)."""
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            _nobody_reads()
-
-    return Patient(highlight=False)
-
-
-def _table(*titles: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in titles:
-        table.add_column(title)
-    return table
-
-
-def _json(value: Any) -> None:
-    _write(json.dumps(value, indent=2))
-
-
-def _write(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _nobody_reads()
-
-
-def _nobody_reads() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show(timed, console())

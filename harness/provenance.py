@@ -1,6 +1,7 @@
 """What a trial ran on: code, versions, hardware. No host names."""
 
 import json
+import os
 import platform
 import subprocess
 from functools import cache
@@ -20,8 +21,7 @@ def provenance(gpu: bool) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if gpu
         else None,
-        "git_sha": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        **_code(),
         "versions": json.dumps(
             {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
         ),
@@ -36,6 +36,18 @@ def hardware(gpu: bool) -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{_cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _code() -> dict[str, Any]:
+    """Of the checkout; "SHA" or "SHA dirty" in NEQBENCH_CODE where there is none."""
+    given = os.environ.get("NEQBENCH_CODE", "").split()
+    if given:
+        return {"git_sha": given[0], "git_dirty": "dirty" in given[1:]}
+    status = _git("status", "--porcelain")
+    return {
+        "git_sha": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -74,11 +74,10 @@ class Classification(Task):
         alphas = {"MixUp": mixup, "CutMix": cutmix}
         if any(alphas.values()) and classes < 1:
             raise ValueError("mixup and cutmix need the number of classes")
-        v2 = torchvision("torchvision.transforms.v2")
         self._mixes = [
-            getattr(v2, name)(alpha=alpha, num_classes=classes)
-            for name, alpha in alphas.items()
-            if alpha
+            getattr(torchvision("torchvision.transforms.v2"), name)(alpha=a, num_classes=classes)
+            for name, a in alphas.items()
+            if a
         ]
 
     def mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from trials import run, small
 from harness import plan
 from harness.errors import UserError
 from harness.report import model, terminal
+from harness.storage import Store, stores
 
 FLOPS = ("dense", "paper", "required", "executed")
 
@@ -44,7 +45,7 @@ def two_eps(tmp_path_factory):
 
 
 def test_parameters_are_not_averaged(two_eps):
-    (table,) = model.load(model.folders("digits", str(two_eps)))
+    (table,) = model.load(stores("digits", str(two_eps)))
     plain, one, two = table.methods
     assert [row.label for row in table.methods] == ["plain", "neq eps=0.01", "neq eps=9.0"]
     assert (one.n, two.n, one.seeds, two.seeds) == (2, 2, [0, 1], [0, 1])
@@ -58,19 +59,19 @@ def test_a_trial_whose_rows_were_lost_is_run_again(two_eps, tmp_path):
     shutil.copytree(two_eps / "digits", tmp_path / "digits")
     spec = small("plain", "recipe.epochs=3", "methods.plain={kind='baseline'}")
     (tmp_path / "digits" / "epochs" / f"{spec.key}.parquet").unlink()
-    (table,) = model.load([tmp_path / "digits"])
+    (table,) = model.load([Store(tmp_path, "digits")])
     assert table.methods[0].n == 1
     assert "plain seed 0: its rows are missing" in table.unfinished[0]
     assert plan.states([spec], str(tmp_path))[0].state == "partial"
     run(spec, tmp_path)
-    (table,) = model.load([tmp_path / "digits"])
+    (table,) = model.load([Store(tmp_path, "digits")])
     assert table.methods[0].n == 2
     assert plan.states([spec], str(tmp_path))[0].state == "done"
 
 
 @pytest.fixture(scope="module")
 def tables(root):
-    return model.load(model.folders("digits", str(root)))
+    return model.load(stores("digits", str(root)))
 
 
 def test_groups_stand_apart(tables):
@@ -161,7 +162,7 @@ def test_seconds_of_different_devices_are_not_averaged(root, tables, tmp_path):
     other = pa.array(["another"], pa.string())
     place = table.schema.get_field_index("cpu")
     pq.write_table(table.set_column(place, table.schema.field("cpu"), other), path)
-    mixed = next(t for t in model.load([tmp_path / "digits"]) if t.group == group)
+    mixed = next(t for t in model.load([Store(tmp_path, "digits")]) if t.group == group)
     assert {row.seconds_train for row in mixed.methods} == {None}
     assert "different devices" in render([mixed], 80)
     assert {row.seconds_train for row in main_table(tables).methods}.isdisjoint({None})
@@ -169,11 +170,11 @@ def test_seconds_of_different_devices_are_not_averaged(root, tables, tmp_path):
 
 def test_a_name_a_root_or_a_folder(root):
     folder = root / "digits"
-    assert model.folders("digits", str(root)) == [folder]
-    assert model.folders(str(root), "results") == [folder]
-    assert model.folders(str(folder), "results") == [folder]
+    for where in (("digits", str(root)), (str(root), "results"), (str(folder), "results")):
+        (store,) = stores(*where)
+        assert (store.place.uri, store.name) == (str(folder), "digits")
     with pytest.raises(UserError, match=r"no results for 'nothing' below .*: run `neqbench run"):
-        model.folders("nothing", str(root))
+        stores("nothing", str(root))
     (root / "empty" / "trials").mkdir(parents=True)
     with pytest.raises(UserError, match="no trial has been started yet"):
-        model.load([root / "empty"])
+        model.load([Store(root, "empty")])

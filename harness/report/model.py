@@ -4,14 +4,20 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from harness.errors import UserError
 from harness.methods import KINDS
+from harness.records import SCHEMAS
 from harness.storage import Store
+
+_LEFT_OUT = {"traceback", "versions", "data_fingerprint", "git_sha", "git_dirty", "driver"}
+TRIALS = [name for name in SCHEMAS["trials"].names if name not in _LEFT_OUT]
+EPOCHS = ["trial", "group", "epoch", "samples", "test_metric", "overhead_flops"]
+EPOCHS += [f"backward_flops_{name}" for name in ("dense", "paper", "required", "executed")]
+EPOCHS += ["seconds_train", "seconds_equilibrium"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,38 +80,36 @@ class GroupTable:
     failed: list[str]
 
 
-def folders(where: str, root: str) -> list[Path]:
-    """Results folders meant by a suite's name (below `root`), a results root, or one folder.
-
-    Raises UserError where there are none.
-    """
-    try:
-        for path in (Path(root) / where, Path(where)):
-            if (path / "trials").is_dir():
-                return [path]
-            below = sorted(p.parent for p in path.glob("*/trials") if p.is_dir())
-            if below:
-                return below
-    except OSError as error:
-        raise UserError(f"{where}: results can't be read ({error.strerror})") from None
-    raise UserError(
-        f"no results for {where!r} below {root!r}: run `neqbench run {where}` first, or name the "
-        "folder that holds them"
-    )
-
-
-def load(paths: Iterable[Path]) -> list[GroupTable]:
-    """The tables of all groups below these folders; raises UserError where nothing is stored."""
-    tables = []
-    for path in paths:
-        store = Store(path.parent, path.name)
-        trials, epochs = store.read("trials").to_pandas(), store.read("epochs").to_pandas()
-        trials = trials.sort_values("started")
+def load(found: Iterable[Store]) -> list[GroupTable]:
+    """The tables of all groups in these results; raises UserError where nothing is stored."""
+    tables, looked = [], []
+    for store in found:
+        looked.append(store.place.uri)
+        trials = store.read("trials", TRIALS).to_pandas().sort_values("started")
+        _check(trials, store.place.uri)
+        epochs = store.read("epochs", EPOCHS).to_pandas(categories=["trial", "group"])
         for group, rows in trials.groupby("group", sort=False):
             tables.append(_group(str(group), rows, epochs[epochs["group"] == group]))
     if not tables:
-        raise UserError(f"{', '.join(map(str, paths))}: no trial has been started yet")
+        raise UserError(f"{', '.join(looked)}: no trial has been started yet")
     return tables
+
+
+def _check(trials: pd.DataFrame, where: str) -> None:
+    """Raises UserError for a row that no neqbench wrote."""
+    for row in trials.to_dict("records"):
+        try:
+            experiment, parameters = json.loads(row["experiment"]), json.loads(row["parameters"])
+            whole = {"recipe", "data", "world_size"} <= set(experiment)
+            whole &= parameters["kind"] in KINDS
+            whole &= not pd.isna([row["seed"], row["epochs"], row["epochs_done"]]).any()
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{where}/trials/{row['trial']}.parquet makes no sense; delete it and run the "
+                "suite again: it is rewritten from its checkpoint"
+            )
 
 
 def to_json(tables: list[GroupTable]) -> str:
@@ -125,7 +129,7 @@ def _plain(value: Any) -> Any:
 def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable:
     first = trials.iloc[0]
     experiment = json.loads(first["experiment"])
-    stored = trials["trial"].isin(epochs["trial"])
+    stored = trials["trial"].isin(set(epochs["trial"].unique()))
     done = trials[(trials["state"] == "done") & stored]
     per_trial = _per_trial(epochs[epochs["trial"].isin(done["trial"])])
     devices = sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique())
@@ -165,7 +169,7 @@ def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
     for name in ("dense", "paper", "required", "executed"):
         epochs[name] = epochs[f"backward_flops_{name}"] / epochs["samples"]
     epochs["overhead"] = epochs["overhead_flops"] / epochs["samples"]
-    return epochs.groupby("trial").agg(
+    return epochs.groupby("trial", observed=True).agg(
         value=("test_metric", "last"),
         dense=("dense", "mean"),
         paper=("paper", "mean"),

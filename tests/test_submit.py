@@ -1,0 +1,180 @@
+"""A suite as a job on a Ray that was started by hand, with a token."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from trials import SMALL, assert_same_results, keep_tuning, run, small
+
+from harness import provenance, submit, suites
+
+BIN = Path(sys.executable).parent
+SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="module")
+def head():
+    """(address of the dashboard, environment that may talk to it)."""
+    port, dashboard, client = free_ports(3)
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = (
+        os.environ
+        | given
+        | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        words = f"start --head --block --port {port} --num-cpus 2 --temp-dir {folder}"
+        words += f" --dashboard-host 127.0.0.1 --dashboard-port {dashboard}"
+        words += f" --ray-client-server-port {client} --min-worker-port 0 --max-worker-port 0"
+        with subprocess.Popen(
+            [BIN / "ray", *words.split()],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            address = f"http://127.0.0.1:{dashboard}"
+            listing = [BIN / "ray", "job", "list", "--address", address]
+            wait_for(
+                lambda: not subprocess.run(listing, env=environment, capture_output=True).returncode
+            )
+            yield address, environment
+            process.send_signal(signal.SIGTERM)
+
+
+def wait_for(happens, limit=90):
+    limit += time.monotonic()
+    while True:
+        try:
+            if happens():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < limit
+        time.sleep(0.5)
+
+
+def neqbench(environment, *words, cwd):
+    return subprocess.run(
+        [BIN / "neqbench", *map(str, words)],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_a_submitted_suite_ends_with_the_local_report(tmp_path, head):
+    address, environment = head
+    specs = [small("baseline"), small("neq")]
+    remote = tmp_path / "remote"
+    keep_tuning(specs[0], remote)
+    choice = ["digits", *SETTINGS, "--methods", "baseline,neq", "--seeds", "0"]
+    words = ["submit", *choice, "--address", address, "--results", remote]
+    first = neqbench(environment, *words, cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    name = re.match(r"(neqbench-digits-\w{8}-1) is submitted\n", first.stdout)[1]
+    again = neqbench(environment, *words, cwd=tmp_path)
+    assert again.stdout.startswith(f"{name} is running already")
+    status = ["status", "digits", "--results", remote]
+    wait_for(lambda: (remote / "digits" / "plans").is_dir())
+    followed = neqbench(environment, *status, "--watch", cwd=tmp_path)
+    assert followed.returncode == 0
+    assert "2 done" in followed.stdout
+    for spec in specs:
+        run(spec, tmp_path / "local")
+        assert_same_results(spec, tmp_path / "local", remote)
+    trials = pd.read_parquet(remote / "digits" / "trials")
+    assert set(trials["git_sha"]) == {provenance.provenance(False)["git_sha"]}
+    logs = [first, again, followed]
+    assert not any(environment["RAY_AUTH_TOKEN"] in one.stdout + one.stderr for one in logs)
+    assert not any(
+        environment["RAY_AUTH_TOKEN"].encode() in path.read_bytes()
+        for path in remote.rglob("*")
+        if path.is_file()
+    )
+
+
+def test_without_the_token_nobody_is_let_in(tmp_path, head):
+    address, environment = head
+    wrong = environment | {"RAY_AUTH_TOKEN": "0" * 64}
+    words = ["submit", "digits", "--address", address, "--results", tmp_path]
+    done = neqbench(wrong, *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no Ray dashboard answers as it should" in done.stderr
+    assert "RAY_AUTH_TOKEN" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_can_not_be_submitted(tmp_path, neqbench):
+    words = ["submit", "digits", "--address", "http://127.0.0.1:9", "--results"]
+    nobody = neqbench(*words, tmp_path)
+    assert "no Ray dashboard answers as it should at http://127.0.0.1:9" in nobody.stderr
+    data = neqbench("submit", "cifar10", *words[2:], tmp_path)
+    assert "--set data.root=data/cifar10: every node of the cluster must see it" in data.stderr
+    seeds = neqbench(*words, tmp_path, "--seeds", "many")
+    assert "--seeds 'many'" in seeds.stderr
+    keys = neqbench(*words, "s3://KEY:SECRET@bucket/x")
+    plain = neqbench("submit", "digits", "--address", "127.0.0.1:9", "--results", tmp_path)
+    assert "such as http://head:8265" in plain.stderr
+    assert "SECRET" not in keys.stderr
+    here = neqbench(*words, "results")
+    assert "--results=results: every node of the cluster must see it" in here.stderr
+    other = neqbench(*words, "hdfs://x/y")
+    assert "results lie in a folder" in other.stderr
+    wrong = neqbench("submit", "digitz", *words[2:], tmp_path)
+    assert "did you mean 'digits'" in wrong.stderr
+    key = neqbench(*words, tmp_path, "--set", "recipe.epoch=3")
+    assert "recipe.epoch: unknown key" in key.stderr
+    assert {r.returncode for r in (nobody, data, seeds, keys, plain, here, other, wrong, key)} == {
+        2
+    }
+
+
+def test_what_is_sent(tmp_path):
+    """Code and suite; no data, results, caches or history. It runs, and is the same trial."""
+    own = tmp_path / "mine"
+    shutil.copytree(suites.builtin()["digits"].parent, own)
+    for name in ("data", "results", ".git", "__pycache__"):
+        (own / name).mkdir(exist_ok=True)
+        (own / name / "large").write_bytes(b"x")
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    where = submit._stage(staging, str(own), own)
+    sent = [str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()]
+    assert "harness/cli.py" in sent
+    assert "suites/cifar10/suite.toml" in sent
+    assert {path.partition("/")[0] for path in sent} == {"harness", "neq", "suites", "own"}
+    assert not [path for path in sent if path.endswith((".pyc", "large"))]
+    assert sum((staging / path).stat().st_size for path in sent) < 2**20
+    words = ["-m", "harness", "plan", where, "--methods", "neq", "--seeds", "0", *SETTINGS]
+    words += ["--format", "json"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=staging, capture_output=True, text=True, check=True
+    )
+    (trial,) = json.loads(done.stdout)
+    assert trial["trial"] == small("neq", suite=str(own)).key
