@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 NEQBENCH := $(VENV)/bin/neqbench
 ARGS ?=
+SUITE ?= cifar10
+ADDRESS ?= http://127.0.0.1:8265
+RESULTS ?= $(CURDIR)/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-segmentation test lint cifar10 imagenet segmentation report
+.PHONY: help setup bench bench-segmentation test lint faults cifar10 imagenet segmentation report submit
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -35,6 +38,12 @@ segmentation: setup ## the paper's DeepLabv3 suite on COCO (wants the data and G
 
 report: setup ## print the report of everything below results/
 	$(NEQBENCH) report results $(ARGS)
+
+submit: setup ## run SUITE as a job on the Ray cluster at ADDRESS, results in RESULTS
+	$(NEQBENCH) submit $(SUITE) --address $(ADDRESS) --results $(RESULTS) $(ARGS)
+
+faults: setup ## kill workers, nodes and drivers at random; compare with an undisturbed run
+	$(VENV)/bin/python tests/faults.py $(ARGS)
 
 test: setup ## the tests that CI runs
 	$(VENV)/bin/python -m pytest $(ARGS)
