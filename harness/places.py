@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -41,7 +42,7 @@ def place(root: str | Path, *below: str) -> "Place":
     return Bucket("/".join([f"{scheme}:/", *parts, *below]))
 
 
-class Place:
+class Place(ABC):
     """Files by name ("epochs/x.parquet"). Those that start with a dot are their writer's alone.
 
     All methods raise StorageError where the disk or the network fails.
@@ -50,30 +51,30 @@ class Place:
     uri: str
     readers = 1  # files that are worth reading at a time
 
+    @abstractmethod
     def read(self, name: str) -> bytes | None:
         """The whole file; None where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
         """Replace the file; whoever reads it sees the old one or the new one.
 
         `last` is called right before that, and prevents it by raising.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
         """Write a file that does not exist yet: of several who try, one gets True."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self, folder: str) -> list[str]:
         """Of the files and folders in it, sorted; none where there is no such folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """A file or a whole folder; nothing happens where there is none."""
-        raise NotImplementedError
 
-    def sweep(self, folder: str) -> None:
+    def sweep(self, folder: str) -> None:  # noqa: B027 — for those that leave any
         """Remove what writers left in it that were killed, where nobody else writes."""
 
     def path(self, name: str) -> str:

@@ -227,17 +227,15 @@ class Owner(Store):
 
     def write(self, kind: str, spec: TrialSpec, rows: pa.Table) -> None:
         """Replace the trial's file of one table."""
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer)
-        self._write(spec.key, f"{kind}/{spec.key}.parquet", buffer.getvalue())
+        name = f"{kind}/{spec.key}.parquet"
+        self._write(spec.key, name, _parquet(rows))
         try:
             leases.check(self.place, spec.key, self._lease)
         except Lost:  # in the very moment: put back what the new owner has committed
             state = self.load_checkpoint(spec.key)
             if state and kind in state["rows"]:
-                buffer = io.BytesIO()
-                pq.write_table(from_bytes(state["rows"][kind].numpy().tobytes()), buffer)
-                self.place.write(f"{kind}/{spec.key}.parquet", buffer.getvalue())
+                committed = from_bytes(state["rows"][kind].numpy().tobytes())
+                self.place.write(name, _parquet(committed))
             raise
 
     def save_checkpoint(
@@ -293,6 +291,12 @@ class Follower(Owner):
         self, key: str, epochs: int, state: dict[str, Any], *, last: bool = False
     ) -> None:
         """Nothing."""
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer)
+    return buffer.getvalue()
 
 
 _REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
