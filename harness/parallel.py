@@ -46,6 +46,7 @@ def group(gpu: bool) -> Iterator[None]:
     """
     distributed.init_process_group(backend(gpu))
     yield
+    wait()  # gloo aborts a process that leaves while another still talks to it
     distributed.destroy_process_group()
 
 

@@ -60,6 +60,7 @@ def worker(rank, folder):
     for gradient in ("exact", "cut"):
         model = DistributedDataParallel(build())
         torch.save(train(model, halves, gradient), f"{folder}/{gradient}{rank}.pt")
+    distributed.barrier()  # gloo aborts a process that leaves while another still talks to it
     distributed.destroy_process_group()
 
 
