@@ -17,6 +17,10 @@ Count = Annotated[int, Field(gt=0, strict=True)]
 Size = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+# A sweep's methods are called after their parameters, too: "neq eps=0.001".
+MethodName = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*( [a-z_]+=[\w.+-]+)*$", max_length=120)
+]
 ImportString = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 
 
@@ -142,8 +146,48 @@ class Resources(Strict):
         return 1.0 if self.gpus == "auto" else self.gpus / self.world_size
 
 
+class PublishedValue(Strict):
+    """One published figure, the mean of `n` runs with `std` where these are known.
+
+    `methods`: which of the suite's it is of, with which `parameters`; `what`: the metric (a share),
+    `paper`, mean backward FLOPs of a sample as the paper counts them (over some `epochs`, both ends
+    included), `paper_dense`, the same with nothing frozen, or `frozen`, the share of neurons in the
+    last epoch. `error`: relative, of reading it off.
+    `certainty`: in the paper; of the authors' run tables; computed by the paper's rule; digitised
+    from a figure; unconfirmed. `doubt`: why nothing can be held against it.
+    """
+
+    methods: Annotated[tuple[str, ...], Field(min_length=1)]
+    parameters: dict[str, Any] = {}
+    what: Literal["metric", "paper", "paper_dense", "frozen"]
+    epochs: tuple[Size, Count] | None = None
+    value: float
+    std: Annotated[float, Field(ge=0)] | None = None
+    n: Count | None = None
+    error: Annotated[float, Field(ge=0)] = 0.0
+    certainty: Literal["paper", "runs", "computed", "digitised", "unconfirmed"]
+    conditions: dict[str, Any] = {}
+    doubt: str = ""
+
+
+class Published(Strict):
+    """What has been published on the suite, where, and under which conditions: values of the
+    experiment by path ("recipe.epochs"; "all" where it says none, "any" where it does not matter),
+    and "data", the name of the data. `remark`: what a reader has to know.
+    """
+
+    source: str = ""
+    remark: str = ""
+    conditions: dict[str, Any] = {}
+    values: tuple[PublishedValue, ...] = ()
+
+
 class Suite(Strict):
-    """A workload and everything that is run on it."""
+    """A workload and everything that is run on it.
+
+    `margin`: the loss of the metric that is accepted, in percentage points. `point`: of a sweep,
+    what was chosen for this experiment, by path.
+    """
 
     name: Name
     title: str
@@ -153,9 +197,12 @@ class Suite(Strict):
     data: Data
     recipe: Recipe
     resources: Resources = Resources()
-    methods: dict[Name, MethodSpec]
+    methods: dict[MethodName, MethodSpec]
     default_methods: tuple[str, ...] = ()
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    margin: Annotated[float, Field(gt=0, lt=100)] = 0.5
+    published: Published = Published()
+    point: dict[str, Any] = {}
 
     @model_validator(mode="before")
     @classmethod

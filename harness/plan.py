@@ -6,7 +6,7 @@ from itertools import compress
 from pathlib import Path
 from typing import overload
 
-from harness import parallel, suites, weights
+from harness import grid, parallel, suites, weights
 from harness.config import Resources, Suite, TrialSpec
 from harness.data import load_data
 from harness.errors import UserError
@@ -16,10 +16,13 @@ STATES = {None: "to do", "running": "partial", "done": "done", "failed": "failed
 
 
 class Trials(Sequence[TrialSpec]):
-    """The trials of a suite, each made when it is asked for."""
+    """The trials of a suite, each made when it is asked for.
 
-    def __init__(self, first: TrialSpec, choices: Sequence[tuple[str, int]]) -> None:
-        self._first, self._choices = first, choices
+    `choices`: one of the trial's experiment, its method and seed.
+    """
+
+    def __init__(self, choices: Sequence[tuple[TrialSpec, str, int]]) -> None:
+        self._choices = choices
 
     @overload
     def __getitem__(self, at: int) -> TrialSpec: ...
@@ -27,16 +30,21 @@ class Trials(Sequence[TrialSpec]):
     def __getitem__(self, at: slice) -> "Trials": ...
     def __getitem__(self, at: int | slice) -> "TrialSpec | Trials":
         if isinstance(at, slice):
-            return Trials(self._first, self._choices[at])
-        method, seed = self._choices[at]
-        return self._first.model_copy(update={"method": method, "seed": seed})
+            return Trials(self._choices[at])
+        first, method, seed = self._choices[at]
+        return first.model_copy(update={"method": method, "seed": seed})
 
     def __len__(self) -> int:
         return len(self._choices)
 
     def those(self, wanted: Iterable[bool]) -> "Trials":
         """Those for which it is true, one for each trial."""
-        return Trials(self._first, list(compress(self._choices, wanted)))
+        return Trials(list(compress(self._choices, wanted)))
+
+    def groups(self) -> "list[Trials]":
+        """Those of each experiment."""
+        groups = dict.fromkeys(first.group for first, _, _ in self._choices)
+        return [self.those(f.group == group for f, _, _ in self._choices) for group in groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class Planned:
     """A trial and its state: to do, partial, done or failed."""
 
     key: str
+    group: str
     method: str
     seed: int
     state: str
@@ -62,26 +71,37 @@ def specs(
     `methods` and `seeds` are as on the command line: "baseline,neq", "0-4" or "0,2". Opens the
     data for their fingerprint. Raises UserError for anything wrong in suite, choice or data.
     """
-    suite, folder = located(*suites.load(name, settings), synthetic=synthetic)
-    chosen = chosen_methods(suite, methods)
-    numbers = chosen_seeds(seeds) if seeds is not None else suite.seeds
+    points, folder = suites.experiments(name, settings)
+    shipped = name in suites.builtin()
+    chosen = [chosen_methods(point, methods) for point in points]
+    numbers = chosen_seeds(seeds) if seeds is not None else points[0].seeds
+    firsts = [_first(*located(p, folder, synthetic=synthetic), shipped) for p in points]
+    return Trials(
+        [
+            (first, method, seed)
+            for seed in numbers
+            for first, names in zip(firsts, chosen, strict=True)
+            for method in names
+        ]
+    )
+
+
+def _first(suite: Suite, folder: Path, shipped: bool) -> TrialSpec:
+    """A trial of the experiment, of which the others differ in method and seed."""
     data = load_data(suite, folder)
-    fingerprint = data.fingerprint()
-    code = suites.code(suite, folder, shipped=name in suites.builtin())
-    metric = suites.build_task(suite, folder).metric
-    identity = weights.identity(suite.model.weights)
     first = TrialSpec(
         suite=suite,
         folder=str(folder),
-        method=chosen[0],
-        seed=numbers[0],
-        code=code,
-        fingerprint=fingerprint,
-        weights=identity,
+        method=next(iter(suite.methods)),
+        seed=suite.seeds[0],
+        code=suites.code(suite, folder, shipped=shipped),
+        fingerprint=data.fingerprint(),
+        weights=weights.identity(suite.model.weights),
         data_name=data.name,
-        metric=metric,
+        metric=suites.build_task(suite, folder).metric,
     )
-    return Trials(first, [(method, seed) for seed in numbers for method in chosen])
+    _ = first.group  # which all copies keep
+    return first
 
 
 def states(trials: Sequence[TrialSpec], root: str) -> list[Planned]:
@@ -96,7 +116,7 @@ def states(trials: Sequence[TrialSpec], root: str) -> list[Planned]:
         state, done = known.get(key, (None, 0))
         if state == "done" and key not in whole:
             state = "running"  # its checkpoint still has them
-        planned.append(Planned(key, spec.method, spec.seed, STATES[state], done))
+        planned.append(Planned(key, spec.group, spec.method, spec.seed, STATES[state], done))
     return planned
 
 
@@ -138,14 +158,16 @@ def chosen_methods(suite: Suite, chosen: str | None) -> list[str]:
     names = list(suite.default_methods or suite.methods)
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
-    for name in names:
-        if name not in suite.methods:
+    if not names:
+        raise UserError("--methods: no method is named; write --methods baseline,neq")
+    families = {name: grid.family(name, list(suite.methods)) for name in names}
+    for name, found in families.items():
+        if not found:
             raise UserError(
                 f"--methods: unknown method {name!r}; suite {suite.name} has "
                 f"{', '.join(suite.methods)}"
             )
-    if not names:
-        raise UserError("--methods: no method is named; write --methods baseline,neq")
+    names = [name for found in families.values() for name in found]
     needing = [n for n in names if suite.methods[n].kind in ("neq", "smallest_velocity")]
     if needing and suite.data.validation_size == 0:
         raise UserError(

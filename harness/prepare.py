@@ -23,7 +23,7 @@ def prepare(name: str, settings: Sequence[str], console: Console) -> None:
     if suite.data.download is not None:
         _download(suite, suites.part(suite.data.download, folder))
     trials = specs(name, settings)
-    data = check(trials)
+    data, *_ = [check(group) for group in trials.groups()]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")
     table.add_column("images", justify="right")

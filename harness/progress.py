@@ -12,6 +12,7 @@ from rich.text import Text
 
 from harness.config import TrialSpec
 from harness.events import Elsewhere, Event, Held, Notice
+from harness.grid import named
 from harness.records import EpochRecord
 from harness.rows import Failure
 
@@ -160,7 +161,8 @@ def _cells(trial: _Running) -> list[str]:
 
 
 def _name(spec: TrialSpec) -> str:
-    return f"{spec.suite.name} {spec.method} seed {spec.seed}"
+    words = [spec.suite.name, named(spec.suite.point), spec.method, f"seed {spec.seed}"]
+    return " ".join(word for word in words if word)
 
 
 def _frozen(record: EpochRecord) -> str:

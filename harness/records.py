@@ -4,10 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from harness.config import TrialSpec
+from harness.errors import UserError, line
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
+READABLE = {"1": {"energy_joules"}, SCHEMA_VERSION: set[str]()}  # with columns still missing there
+REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -37,6 +41,7 @@ class EpochRecord:
     seconds_test: float
     seconds_checkpoint: float | None
     peak_memory_bytes: int | None
+    energy_joules: float | None
 
     def row(self) -> dict[str, Any]:
         """As a row of the table."""
@@ -45,7 +50,8 @@ class EpochRecord:
     @classmethod
     def of(cls, row: dict[str, Any]) -> Self:
         """From a row of the table."""
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+        values: dict[str, Any] = {name: row.get(name) for name in cls.__dataclass_fields__}
+        return cls(**values)
 
 
 _IDENTITY = [
@@ -114,6 +120,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("seconds_test", pa.float64()),
             ("seconds_checkpoint", pa.float64()),
             ("peak_memory_bytes", pa.int64()),
+            ("energy_joules", pa.float64()),
         ]
     ),
     "layers": _schema(
@@ -153,3 +160,31 @@ def to_bytes(table: pa.Table) -> bytes:
 def from_bytes(data: bytes) -> pa.Table:
     """The inverse of `to_bytes`."""
     return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+
+
+def from_parquet(data: bytes, path: str, kind: str, columns: list[str] | None) -> pa.Table:
+    """The rows in a file of one table; raises UserError for a damaged file and another version."""
+    try:
+        # From memory: by its path a file is opened twice, and may be replaced in between.
+        file = pq.ParquetFile(pa.py_buffer(data))
+        written = file.schema_arrow
+        version = (written.metadata or {}).get(b"neqbench.schema", b"?").decode(errors="replace")
+        missing = READABLE.get(version, set()) & set(SCHEMAS[kind].names)
+        fitting = version in READABLE and written.equals(_without(SCHEMAS[kind], missing))
+        names = columns or SCHEMAS[kind].names
+        table = file.read([n for n in names if n in written.names], use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({line(error)[:100]}); {REWRITTEN}") from None
+    if not fitting:
+        raise UserError(
+            f"{path}: schema version {version}, this neqbench reads version {SCHEMA_VERSION}; "
+            "use the neqbench that wrote it, or another --results"
+        )
+    for name in missing.intersection(names):
+        absent = pa.nulls(len(table), SCHEMAS[kind].field(name).type)
+        table = table.append_column(SCHEMAS[kind].field(name), absent)
+    return table.select(names)
+
+
+def _without(schema: pa.Schema, names: set[str]) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name not in names])

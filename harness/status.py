@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness import leases
+from harness.grid import named
 from harness.leases import Beat
 from harness.places import StorageError
 from harness.storage import NothingError, Store
@@ -43,10 +44,11 @@ class TrialStatus:
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """The trials of one suite that may stand in one table."""
+    """The trials of one suite that may stand in one table; `point`: of a sweep, which."""
 
     suite: str
     group: str
+    point: str
     trials: list[TrialStatus]
 
     @property
@@ -78,16 +80,21 @@ class Reader:
         known = done | {row["trial"]: row for row in rows}
         groups: dict[str, dict[str, TrialStatus]] = {}
         beats = _beats(store, done)
-        for group, planned in store.plans():
-            trials = groups.setdefault(group, {})
-            for key, method, seed in planned:
+        points: dict[str, str] = {}
+        for plan in store.plans():
+            points[plan.group] = named(plan.point) or points.get(plan.group, "")
+            trials = groups.setdefault(plan.group, {})
+            for key, method, seed in plan.trials:
                 if key not in known:
                     row = {"trial": key, "method": method, "seed": seed}
                     trials[key] = _status(row, beats.get(key))
         for key, row in known.items():
             beat = None if row["state"] == "done" else beats.get(key)
             groups.setdefault(row["group"], {})[key] = _status(row, beat)
-        return [GroupStatus(store.name, group, list(t.values())) for group, t in groups.items()]
+        return [
+            GroupStatus(store.name, group, points.get(group, ""), list(trials.values()))
+            for group, trials in groups.items()
+        ]
 
 
 def _beats(store: Store, done: Container[str]) -> dict[str, Beat | None]:
@@ -118,7 +125,7 @@ def _status(row: dict[str, Any], beat: Beat | None) -> TrialStatus:
 
 
 def to_json(found: list[GroupStatus]) -> dict[str, Any]:
-    """{"groups": [{suite, group, counts, trials}]}."""
+    """{"groups": [{suite, group, point, counts, trials}]}."""
     return {"groups": [asdict(status) | {"counts": status.counts} for status in found]}
 
 
@@ -147,7 +154,8 @@ def _view(found: list[GroupStatus]) -> RenderableType:
     parts: list[RenderableType] = []
     for status in found:
         counts = ", ".join(f"{n} {state}" for state, n in status.counts.items() if n)
-        parts.append(Text(f"{status.suite} · group {status.group}: {counts}", style="bold"))
+        named = " · ".join(filter(None, [status.suite, status.point, f"group {status.group}"]))
+        parts.append(Text(f"{named}: {counts}", style="bold"))
         listed = [t for t in status.trials if t.state not in ("done", "to do")]
         if listed:
             parts.append(_table(listed[:LISTED]))

@@ -12,8 +12,9 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from harness.config import TrialSpec
 from harness.errors import UserError, line
 from harness.leases import Claim, Lease, Lost
 from harness.places import StorageError, place
-from harness.records import SCHEMA_VERSION, SCHEMAS, from_bytes
+from harness.plans import Plan
+from harness.records import (
+    READABLE,
+    REWRITTEN,
+    SCHEMA_VERSION,
+    SCHEMAS,
+    from_bytes,
+    from_parquet,
+)
 
 COMMIT = re.compile(r"[0-9]{6}\.[0-9]{6}\.[0-9a-f]{16}\.pt")  # epochs, lease, checksum
 TRIES = 5  # at commits that are removed while they are read
@@ -52,10 +61,16 @@ class Store:
             raise UserError(f"results folder {self.place.uri} can't be written: {error}") from None
 
     def read(
-        self, kind: str, columns: list[str] | None = None, but: Container[str] = ()
+        self,
+        kind: str,
+        columns: list[str] | None = None,
+        but: Container[str] = (),
+        only: Container[str] | None = None,
     ) -> pa.Table:
-        """The rows of all trials `but` some; raises UserError for damaged or newer files."""
-        keys = [key for key in self._keys(kind) if key not in but]
+        """The rows of all trials `but` some, or of some `only`; raises UserError for damaged or
+        newer files.
+        """
+        keys = [k for k in self._keys(kind) if k not in but and (only is None or k in only)]
 
         def one(key: str) -> pa.Table | None:
             return self._table(kind, key, columns)
@@ -154,26 +169,23 @@ class Store:
                     self.place.write(f"tuning/{name}.json", json.dumps(found, indent=1).encode())
         return found
 
-    def plan(self, group: str, trials: Iterable[tuple[str, str, int]]) -> None:
-        """Say what is to be run, for `status`: (key, method, seed) of each trial."""
-        rows = [{"trial": key, "method": method, "seed": seed} for key, method, seed in trials]
-        data = json.dumps({"group": group, "trials": rows}).encode()
-        name = f"plans/{group}.{_sum(data)}.json"
-        if self.place.read(name) is None:
-            self.place.write(name, data)
+    def plan(self, plan: Plan) -> None:
+        """Say what is to be run, for `status`, and by what it is to be judged, for `report`."""
+        name = f"plans/{plan.group}.{_sum(plan.to_json())}.json"
+        self.place.write(name, replace(plan, written=time.time()).to_json())
 
-    def plans(self) -> list[tuple[str, list[tuple[str, str, int]]]]:
-        """All that `plan` was told: (group, trials); raises UserError where a file is damaged."""
+    def plans(self) -> list[Plan]:
+        """All that `plan` was told, the oldest first; raises UserError where a file is damaged."""
         found = []
         for name in self.place.names("plans"):
             try:
-                plan = json.loads(self.place.read(f"plans/{name}") or b"")
-                rows = [(str(r["trial"]), str(r["method"]), int(r["seed"])) for r in plan["trials"]]
-                found.append((str(plan["group"]), rows))
-            except (ValueError, TypeError, KeyError):
+                found.append(Plan.from_json(self.place.read(f"plans/{name}") or b""))
+            except (ValueError, TypeError, KeyError, AttributeError):
                 path = self.place.path(f"plans/{name}")
-                raise UserError(f"{path} is damaged; delete it: runs write it anew") from None
-        return found
+                raise UserError(
+                    f"{path} is damaged, or of a newer neqbench; delete it: runs write it anew"
+                ) from None
+        return sorted(found, key=lambda plan: plan.written)
 
     def _keys(self, kind: str) -> list[str]:
         names = self.place.names(kind)
@@ -184,10 +196,13 @@ class Store:
         data = self.place.read(name)
         if data is None:
             return None
-        table, path = _read(data, self.place.path(name), kind, columns), self.place.path(name)
+        table, path = (
+            from_parquet(data, self.place.path(name), kind, columns),
+            self.place.path(name),
+        )
         whose = set(table["trial"].unique().to_pylist())
         if whose - {key} or (kind == "trials" and len(table) != 1):
-            raise UserError(f"{path} holds rows of {whose or 'nobody'}; {_REWRITTEN}")
+            raise UserError(f"{path} holds rows of {whose or 'nobody'}; {REWRITTEN}")
         return table
 
 
@@ -299,27 +314,6 @@ def _parquet(rows: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-_REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
-
-
-def _read(data: bytes, path: str, kind: str, columns: list[str] | None) -> pa.Table:
-    schema = SCHEMAS[kind]
-    try:
-        # From memory: by its path a file is opened twice, and may be replaced in between.
-        file = pq.ParquetFile(pa.py_buffer(data))
-        written = file.schema_arrow
-        table = file.read(columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({line(error)[:100]}); {_REWRITTEN}") from None
-    version = (written.metadata or {}).get(b"neqbench.schema", b"?").decode(errors="replace")
-    if version != SCHEMA_VERSION or not written.equals(schema):
-        raise UserError(
-            f"{path}: schema version {version}, this neqbench reads version {SCHEMA_VERSION}; "
-            "use the neqbench that wrote it, or another --results"
-        )
-    return table
-
-
 def _unpacked(data: bytes, key: str, path: str) -> dict[str, Any]:
     """The state in a whole checkpoint; nothing but tensors and plain values is unpickled."""
     import torch
@@ -333,7 +327,7 @@ def _unpacked(data: bytes, key: str, path: str) -> dict[str, Any]:
             f"checkpoint {path} is none of this neqbench ({line(error)[:100]}); use the "
             "neqbench that wrote it, or another --results"
         ) from None
-    if version != SCHEMA_VERSION or owner != key:
+    if version not in READABLE or owner != key:
         raise StorageError(
             f"checkpoint {path} is that of trial {owner}, version {version}; expected {key}, "
             f"version {SCHEMA_VERSION}: put it back where it was, or choose another --results"

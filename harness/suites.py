@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from harness import grid
 from harness.config import Suite
 from harness.errors import UserError
 
@@ -40,17 +41,29 @@ def _name(path: Path) -> str:
 def load(name: str, settings: Sequence[str] = ()) -> tuple[Suite, Path]:
     """The suite called `name`, or at that path, with `--set` applied; and its folder.
 
-    Raises UserError for an unknown suite, an unreadable file, an unknown key or a bad value.
+    Of a sweep over model, data or recipe its first experiment. Raises UserError for an unknown
+    suite, an unreadable file, an unknown key or a bad value.
     """
+    suites, folder = experiments(name, settings)
+    return suites[0], folder
+
+
+def experiments(name: str, settings: Sequence[str] = ()) -> tuple[list[Suite], Path]:
+    """As `load`, with a suite for each experiment of a sweep."""
     path = locate(name)
     values = _read(path)
     for setting in settings:
         _apply(values, setting)
     values.setdefault("name", _name(path))
     try:
-        return Suite.model_validate(values), path.parent
+        if "point" in values:
+            raise ValueError("point: unknown key")
+        points = grid.experiments(values)
+        return [Suite.model_validate(v | {"point": point}) for point, v in points], path.parent
     except ValidationError as error:
         raise UserError(_explain(error, path)) from None
+    except ValueError as error:
+        raise UserError(f"{path.parent.name}/{path.name}: {error}") from None
 
 
 def locate(name: str) -> Path:

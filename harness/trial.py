@@ -18,6 +18,7 @@ from harness import parallel, suites, weights
 from harness.batches import Forward
 from harness.config import TrialSpec
 from harness.data import load_data
+from harness.energy import Energy
 from harness.errors import UserError, line
 from harness.events import Notice, went_on
 from harness.flops import measure
@@ -46,6 +47,7 @@ class Trial:
         self.spec, self.suite, self.recipe = spec, spec.suite, spec.suite.recipe
         self.store, self.rows = rows.store, rows
         self.device = parallel.device(rows.slot.gpu)
+        self.energy = Energy(self.device, shared=rows.slot.sharing > 1)
 
     def records(self) -> Iterator[EpochRecord | Notice]:
         """All epochs from 0 on: the committed ones from the checkpoint, the others computed."""
@@ -155,13 +157,15 @@ class Trial:
         backward = self.costs.backward(frozen, samples, plan)
         layers = self.costs.layers(frozen, samples, plan)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        train_loss, seconds_train = self._timed(lambda: self._train(epoch))
+        with self.energy.measuring():
+            train_loss, seconds_train = self._timed(lambda: self._train(epoch))
         _check_finite("training loss", train_loss, epoch)
         broadcast_buffers(self.model)
         (val_loss, test_loss, metric), seconds_test = self._timed(self._test)
         _check_finite("test loss", test_loss, epoch)
         validation = self.batches.size("validation")
-        _, seconds_equilibrium = self._timed(lambda: self.method.end_epoch(self._deciding()))
+        with self.energy.measuring():
+            _, seconds_equilibrium = self._timed(lambda: self.method.end_epoch(self._deciding()))
         parallel.agree(self.model, self.method.freezer.frozen)
         record = EpochRecord(
             epoch=epoch,
@@ -184,6 +188,7 @@ class Trial:
             seconds_test=seconds_test,
             seconds_checkpoint=None,
             peak_memory_bytes=self._peak_memory(),
+            energy_joules=self.energy.take(),
         )
         self.rows.add(record, frozen, layers, self.method.freezer)
         _, seconds = self._timed(self._commit)

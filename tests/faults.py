@@ -30,7 +30,7 @@ from harness import leases
 from harness.places import place
 
 METHODS = "baseline,neq,neq-cut,random,smallest_velocity,freeze_after"
-MEASURED = {"peak_memory_bytes"}
+MEASURED = {"peak_memory_bytes", "energy_joules"}
 FAULTS = {"worker": 5, "node": 3, "driver": 4, "held up": 1, "truncated": 1}
 PATIENCE = 600  # seconds, for one campaign after its last fault
 HERE = Path(__file__).parents[1]

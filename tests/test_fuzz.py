@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from trials import SMALL, run, small
+from trials import SMALL, ask, run, small
 
 from harness import plan
 from harness.storage import Store
@@ -143,7 +143,7 @@ def results(tmp_path_factory):
     run(small("random"), root, epochs=2)
     trials = plan.specs("digits", SMALL, "baseline,neq,random", "0-1")
     store = Store(root, "digits")
-    store.plan(trials[0].group, [(t.key, t.method, t.seed) for t in trials])
+    ask(store, trials)
     return root
 
 
@@ -309,10 +309,10 @@ def test_what_is_said_is_not_cut_off(tmp_path, results, neqbench):
     shutil.copytree(results, tmp_path / "r")
     path = next((tmp_path / "r/digits/trials").iterdir())
     table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata({"neqbench.schema": "2"}), path)
+    pq.write_table(table.replace_schema_metadata({"neqbench.schema": "9"}), path)
     result = neqbench("plan", "digits", *SETTINGS, "--results", tmp_path / "r")
     assert refused(result)
-    assert "schema version 2, this neqbench reads version 1; use the neqbench that wrote it" in (
+    assert "schema version 9, this neqbench reads version 2; use the neqbench that wrote it" in (
         result.stderr
     )
     assert json.loads(neqbench("suites", "--format", "json").stdout)

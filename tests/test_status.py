@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from trials import SMALL, heed_ctrl_c, run, small
+from trials import SMALL, ask, heed_ctrl_c, run, small
 
 from harness import leases, machine, plan, status
+from harness.plans import Plan
 from harness.storage import Store
 
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
@@ -27,7 +28,7 @@ def results(tmp_path):
     run(bad, tmp_path)
     trials = plan.specs("digits", SMALL, "baseline,neq,random", "0-1")
     store = Store(tmp_path, "digits")
-    store.plan(trials[0].group, [(t.key, t.method, t.seed) for t in trials])
+    ask(store, trials)
     return tmp_path
 
 
@@ -59,7 +60,7 @@ def test_suites_are_kept_apart(tmp_path, neqbench):
     run(small("baseline"), tmp_path)
     (tmp_path / "other" / "plans").mkdir(parents=True)
     store = Store(tmp_path, "other")
-    store.plan("a group", [("a key", "neq", 0)])
+    store.plan(Plan(group="a group", trials=[("a key", "neq", 0)]))
     found = json.loads(neqbench("status", "--results", tmp_path, "--format", "json").stdout)
     counted = [(g["suite"], g["counts"]["done"], g["counts"]["to do"]) for g in found["groups"]]
     assert counted == [("digits", 1, 0), ("other", 0, 1)]

@@ -1,3 +1,5 @@
+import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -6,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from trials import run, small
+from trials import assert_same_results, run, small
 
 from harness.errors import UserError
+from harness.events import Notice
 from harness.places import StorageError
 from harness.records import SCHEMAS, EpochRecord, from_bytes, identified, to_bytes
 from harness.storage import Owner, Store
@@ -99,3 +102,52 @@ def test_a_folder_that_can_not_be_written(tmp_path):
         Store(tmp_path / "file", "digits").check_writable()
     Store(tmp_path / "new", "digits").check_writable()
     assert not list((tmp_path / "new" / "digits").glob(".*"))
+
+
+def as_version_1(table):
+    """As it was written before `energy_joules`."""
+    kept = [name for name in table.column_names if name != "energy_joules"]
+    return table.select(kept).replace_schema_metadata({"neqbench.schema": "1"})
+
+
+def test_tables_of_version_1_are_still_read(tmp_path):
+    run(small("baseline", "recipe.epochs=1"), tmp_path)
+    store = Store(tmp_path, "digits")
+    now = {kind: store.read(kind) for kind in SCHEMAS}
+    for kind in SCHEMAS:
+        (path,) = (tmp_path / "digits" / kind).iterdir()
+        pq.write_table(as_version_1(pq.read_table(path)), path)
+    for kind, table in now.items():
+        assert store.read(kind).equals(table)
+    some = store.read("epochs", ["trial", "energy_joules", "epoch"])
+    assert some.column_names == ["trial", "energy_joules", "epoch"]
+    assert some["energy_joules"].to_pylist() == [None]
+    (path,) = (tmp_path / "digits" / "epochs").iterdir()
+    lacking = pq.read_table(path).drop_columns("lr")
+    pq.write_table(lacking, path)
+    with pytest.raises(UserError, match="schema version 1, this neqbench reads version 2"):
+        store.read("epochs")
+
+
+def test_a_trial_goes_on_from_a_checkpoint_of_version_1(tmp_path):
+    spec = small("neq", "recipe.epochs=3")
+    run(spec, tmp_path / "whole")
+    run(spec, tmp_path / "broken", epochs=2)
+    commits = tmp_path / "broken" / "digits" / "checkpoints" / spec.key
+    newest, *others = sorted(commits.iterdir(), reverse=True)
+    for path in others:
+        path.unlink()
+    found = torch.load(newest, weights_only=True)
+    table = as_version_1(from_bytes(found["state"]["rows"]["epochs"].numpy().tobytes()))
+    packed = torch.frombuffer(bytearray(to_bytes(table)), dtype=torch.uint8)
+    found["state"]["rows"]["epochs"] = packed
+    found["version"] = "1"
+    buffer = io.BytesIO()
+    torch.save(found, buffer)
+    epochs, lease, _, _ = newest.name.split(".")
+    total = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    newest.unlink()
+    (commits / f"{epochs}.{lease}.{total}.pt").write_bytes(buffer.getvalue())
+    events = run(spec, tmp_path / "broken")
+    assert not [event for event in events if isinstance(event, Notice)]
+    assert_same_results(spec, tmp_path / "broken", tmp_path / "whole")
