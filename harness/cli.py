@@ -4,11 +4,12 @@ import gc
 import os
 import shlex
 import sys
+from collections import Counter
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from harness.console import console, table, write, write_json
+from harness.console import console, table, write_json
 from harness.console import status as progress
 from harness.errors import UserError
 
@@ -75,18 +76,21 @@ def _help(context: typer.Context) -> None:
 @app.command()
 def suites(format: Format = "rich") -> None:
     """List the suites that can be run."""
-    from harness.suites import builtin, load
+    from harness.suites import builtin, experiments
 
-    loaded = [load(name)[0] for name in builtin()]
+    found = [experiments(name)[0] for name in builtin()]
     if format == "json":
-        write_json([suite.model_dump(mode="json") for suite in loaded])
+        write_json([suite.model_dump(mode="json") for points in found for suite in points])
         return
-    shown = table("suite", "what", "methods", "seeds", "epochs")
-    for suite in loaded:
-        chosen = suite.default_methods or tuple(suite.methods)
-        more = [name for name in suite.methods if name not in chosen]
-        methods = ", ".join(chosen) + (f" (also {', '.join(more)})" if more else "")
-        cells = [suite.name, suite.title, methods, len(suite.seeds), suite.recipe.epochs]
+    shown = table("suite", "what, and methods", "points", "seeds", "epochs")
+    shown.columns[0].no_wrap = True
+    for suite, points in ((each[0], len(each)) for each in found):
+        chosen = Counter(n.partition(" ")[0] for n in suite.default_methods or suite.methods)
+        methods = ", ".join(f"{name} × {n}" if n > 1 else name for name, n in chosen.items())
+        more = [name for name in suite.methods if name.partition(" ")[0] not in chosen]
+        methods += f" (also {', '.join(more)})" if more else ""
+        what = f"{suite.title}\n{methods}"
+        cells = [suite.name, what, points, len(suite.seeds), suite.recipe.epochs]
         shown.add_row(*map(str, cells))
     console().print(shown)
 
@@ -102,30 +106,37 @@ def plan(
     format: Format = "rich",
 ) -> None:
     """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
+    from harness.grid import named
     from harness.plan import specs, states
 
     gc.disable()  # a tenth of the time: there is nothing to collect
     trials = specs(suite, settings or (), methods, seeds, synthetic=synthetic)
-    planned, epochs = states(trials, results), trials[0].suite.recipe.epochs
+    planned = states(trials, results)
+    about = {group[0].group: group[0].suite for group in trials.groups()}
     if format == "json":
         write_json(
             [
                 {
                     "trial": p.key,
-                    "group": trials[0].group,
+                    "group": p.group,
+                    "point": named(about[p.group].point),
                     "method": p.method,
                     "seed": p.seed,
                     "state": p.state,
                     "epochs_done": p.epochs_done,
-                    "epochs": epochs,
+                    "epochs": about[p.group].recipe.epochs,
                 }
                 for p in planned
             ]
         )
         return
-    shown = table("trial", "method", "seed", "state", "epochs")
+    swept = len(about) > 1
+    shown = table("trial", *(["point"] if swept else []), "method", "seed", "state", "epochs")
     for p in planned:
-        shown.add_row(p.key, p.method, str(p.seed), p.state, f"{p.epochs_done}/{epochs}")
+        suite_of = about[p.group]
+        point = [named(suite_of.point)] if swept else []
+        done = f"{p.epochs_done}/{suite_of.recipe.epochs}"
+        shown.add_row(p.key, *point, p.method, str(p.seed), p.state, done)
     console().print(shown)
 
 
@@ -250,20 +261,53 @@ def submit(
 
 @app.command()
 def report(
-    what: Annotated[str, typer.Argument(help="A suite, a results root, or a suite's results.")],
+    what: Annotated[
+        list[str], typer.Argument(help="Suites, results roots or suites' results; taken together.")
+    ],
+    results: Results = "results",
+    format: Annotated[
+        Literal["rich", "html", "md", "latex", "csv", "json"],
+        typer.Option(help="For a terminal, a page, a paper, or programs."),
+    ] = "rich",
+    figures: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write the figures there, too, as PNG.")
+    ] = None,
+) -> None:
+    """Compare the methods of stored runs with the baseline."""
+    from harness.report.forms import render
+    from harness.report.model import load
+    from harness.results import found
+
+    gc.disable()  # a tenth of the time: there is nothing to collect
+    for path in render(load(found(what, results)), format, console(), figures):
+        print(path, file=sys.stderr)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A suite, a results root, or a suite's results.")],
+    b: Annotated[str, typer.Argument(help="The same, of another run.")],
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option("--fail-on", metavar="GATE", help="Exit 1 on it: 'metric<-0.5pp'."),
+    ] = None,
     results: Results = "results",
     format: Format = "rich",
 ) -> None:
-    """Compare the methods of stored runs with the baseline."""
-    from harness.report import model, terminal
+    """Show what changed from run A to run B, and what can't be compared."""
+    from harness.report.changes import show
+    from harness.report.compare import compare as compared
+    from harness.report.gates import gates
     from harness.storage import stores
 
-    gc.disable()  # a tenth of the time: there is nothing to collect
-    tables = model.load(stores(what, results))
+    bounds = gates(fail_on or [])
+    found = compared(stores(a, results), stores(b, results), bounds)
     if format == "json":
-        write(model.to_json(tables))
+        write_json(found.to_json())
     else:
-        terminal.show(tables, console())
+        show(found, console())
+    if found.missed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from harness.errors import UserError
 from harness.executors import Executor, Inline, Ray
 from harness.places import place
 from harness.plan import Trials, specs, states
+from harness.plans import Plan
 from harness.progress import Progress
 from harness.storage import Store
 
@@ -69,10 +70,11 @@ def _checked(wanted: Wanted, console: Console) -> int:
 
 def _run(wanted: Wanted, trials: Trials, console: Console) -> int:
     root = place(wanted.root).uri
-    store, group = Store(root, trials[0].suite.name), trials[0].group
+    store, groups = Store(root, trials[0].suite.name), trials.groups()
     store.check_writable()
     planned = states(trials, root)
-    if parallel.shared(group) != group:
+    names = [group[0].group for group in groups]
+    if parallel.shared(names) != names:
         raise UserError(
             "the data, code or weights on this machine differ from rank 0's: make them equal"
         )
@@ -81,9 +83,12 @@ def _run(wanted: Wanted, trials: Trials, console: Console) -> int:
     count = Counter(p.state for p in planned if p.state not in again)
     failed = count["failed"]
     if parallel.leads():
-        store.plan(group, [(p.key, p.method, p.seed) for p in planned])
+        for group in groups:
+            rows = [(p.key, p.method, p.seed) for p in planned if p.group == group[0].group]
+            store.plan(Plan.of(group[0], rows))
     if parallel.shared(len(todo)):
-        check(trials)
+        for group in groups:
+            check(group)
         runner: Executor = (
             Inline(retry=wanted.retry_failed)
             if wanted.executor == "inline"
@@ -91,7 +96,7 @@ def _run(wanted: Wanted, trials: Trials, console: Console) -> int:
         )
         failed += _execute(runner, todo, count["done"], root, console)
     if parallel.leads():
-        _report(store, group, console)
+        _report(store, set(names), console)
     return failed
 
 
@@ -107,8 +112,8 @@ def _execute(
     return len(progress.failures)
 
 
-def _report(store: Store, group: str, console: Console) -> None:
-    from harness.report import model, terminal
+def _report(store: Store, groups: set[str], console: Console) -> None:
+    from harness.report.forms import render
+    from harness.report.model import load
 
-    tables = [table for table in model.load([store]) if table.group == group]
-    terminal.show(tables, console)
+    render(load([store], only=groups), "rich", console)

@@ -107,6 +107,22 @@ class Result:
     stderr: str
 
 
+@pytest.fixture(scope="session")
+def mixed_results(tmp_path_factory):
+    """Some of each: done, unfinished, failed, without a baseline, with a single seed and epoch."""
+    from trials import run, small
+
+    root = tmp_path_factory.mktemp("mixed")
+    for seed in (0, 1):
+        for method in ("random", "neq", "baseline"):
+            run(small(method, seed=seed), root)
+    run(small("neq", seed=2), root)  # no baseline to compare with
+    run(small("random", seed=2), root, epochs=2)  # unfinished
+    run(small("baseline", "recipe.optimizer.lr=1e30"), root)  # failed, in a group of its own
+    run(small("baseline", "recipe.epochs=1"), root)  # one seed, in a group of its own
+    return root
+
+
 @pytest.fixture
 def neqbench(monkeypatch, capsys):
     """The command line, called in this process: as the script does, but without its start."""

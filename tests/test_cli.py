@@ -283,11 +283,24 @@ def test_synthetic_results_say_so_and_stand_apart(tmp_path, neqbench):
     assert "imagenet: ImageNet, ready" in prepared.stdout
 
 
+README = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+
+
+def test_the_readme_s_sweeps_can_be_run():
+    lines = [line for line in README if line.startswith("neqbench run digits") and "=[" in line]
+    counts = []
+    for line in lines:
+        _, _, suite, *words = shlex.split(line)
+        settings = [word for word in words if "=" in word]
+        trials = plan.specs(suite, settings, "baseline,neq", "0")
+        for group in trials.groups():
+            check(group)
+        counts.append([len(group) for group in trials.groups()])
+    assert counts == [[4], [3, 3]]
+
+
 def test_the_readme_s_synthetic_lines_can_be_run():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    lines = [
-        line for line in text.splitlines() if line.startswith("neqbench run") and "ze=" in line
-    ]
+    lines = [line for line in README if line.startswith("neqbench run") and "--synthetic" in line]
     assert len(lines) == 3
     for line in lines:
         _, _, suite, *words = shlex.split(line)

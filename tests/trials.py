@@ -1,14 +1,20 @@
 """Small real trials for the tests: a few epochs of the digits suite, or of a suite of one's own."""
 
+import io
 import signal
 from pathlib import Path
 from unittest.mock import patch
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
 
 from harness import plan, suites, tuning
 from harness.attempt import supervised
+from harness.plans import Plan
+from harness.report import model, terminal
+from harness.report.sections import sections
 from harness.rows import Slot
 from harness.storage import Store
 
@@ -24,6 +30,7 @@ SMALL = [
     "methods.neq-reference={kind='neq', eps=0.01, recursion='reference', similarity='sample'}",
 ]
 METHODS = ["baseline", "neq", "neq-reference", "random", "smallest_velocity", "freeze_after"]
+MEASURED = {"peak_memory_bytes", "energy_joules"}
 SLOT = Slot(gpu=False, sharing=1)
 
 
@@ -56,6 +63,35 @@ def run(spec, root, epochs=None):
     return seen
 
 
+def ask(store, trials):
+    """As a run does before it begins."""
+    store.plan(Plan.of(trials[0], [(t.key, t.method, t.seed) for t in trials]))
+
+
+def altered(root, key, kind, column, value):
+    """With another value in every row of one trial's column."""
+    path = Path(root) / "digits" / kind / f"{key}.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(column)
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(place, field, pa.array([value] * len(table), field.type)), path)
+
+
+def percent(share):
+    return f"{100 * share:.1f}".replace("-", "−")
+
+
+def render(tables, width):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    report = model.Report(groups=tables, not_begun=[], done={}, results=None)
+    terminal.show(sections(report), console)
+    return console.file.getvalue()
+
+
+def row_of(table, method):
+    return next(row for row in table.methods if row.method == method)
+
+
 def results(spec, root):
     """(checkpoint, epochs table, layers table): all but what is measured."""
     store = Store(root, spec.suite.name)
@@ -65,7 +101,7 @@ def results(spec, root):
     for kind in ("epochs", "layers"):
         table = pq.read_table(Path(root) / store.name / kind / f"{spec.key}.parquet")
         names = table.column_names
-        measured = [c for c in names if c.startswith("seconds_") or c == "peak_memory_bytes"]
+        measured = [c for c in names if c.startswith("seconds_") or c in MEASURED]
         tables.append(table.drop_columns(measured))
     return checkpoint, *tables
 

@@ -1,4 +1,4 @@
-"""The table model: what every renderer shows, computed once from the stored rows."""
+"""The report's figures, computed once from the stored rows; every form shows these."""
 
 import json
 import math
@@ -9,225 +9,223 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import UserError
+from harness.grid import named
 from harness.methods import KINDS
-from harness.records import SCHEMAS
+from harness.plans import Plan
+from harness.records import REWRITTEN, SCHEMAS
+from harness.report import groups, notes
+from harness.report.methods import MethodRow, devices, labels, method_rows, per_trial, shared
+from harness.report.phases import Phase, phases
+from harness.report.published import Comparison, against_published
+from harness.results import Results, read
 from harness.storage import Store
 
-_LEFT_OUT = {"traceback", "versions", "data_fingerprint", "git_sha", "git_dirty", "driver"}
+TEXTS = ("group", "suite", "method", "metric", "title", "data", "versions")
+MARGIN = 0.5  # percentage points, where the suite's is not known
+
+_LEFT_OUT = {"traceback", "driver"}
 TRIALS = [name for name in SCHEMAS["trials"].names if name not in _LEFT_OUT]
-EPOCHS = ["trial", "group", "epoch", "samples", "test_metric", "overhead_flops"]
-EPOCHS += [f"backward_flops_{name}" for name in ("dense", "paper", "required", "executed")]
-EPOCHS += ["seconds_train", "seconds_equilibrium"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MethodRow:
-    """One method over its finished seeds; None where it can't be said.
-
-    FLOPs are of one backward of one sample, averaged over epochs and seeds; shares are of the
-    dense backward (for `paper`: of the paper's count with nothing frozen). `saved` counts the cost
-    of deciding in: 1 − (executed + overhead) / dense; `saved_paper` is the published way.
-    `difference` is to the baseline, over the seeds that both have, in units of the metric.
-    `label` is the method with the parameters in which it differs from another of its name.
-    `seconds_train` and `seconds_decide` of a trial: None where trials of the group ran on
-    different devices.
-    """
-
-    method: str
-    label: str
-    parameters: dict[str, Any]
-    n: int
-    seeds: list[int]
-    metric_mean: float
-    metric_std: float | None
-    difference: float | None
-    dense: float
-    paper: float
-    paper_share: float
-    required: float
-    required_share: float
-    executed: float
-    executed_share: float
-    overhead: float
-    overhead_share: float
-    saved: float
-    saved_paper: float
-    seconds_train: float | None
-    seconds_decide: float | None
+_UNUSED = {"suite", "method", "seed", "train_loss", "val_loss", "test_loss", "forward_flops"}
+_UNUSED |= {"seconds_test", "seconds_checkpoint"}
+EPOCHS = [name for name in SCHEMAS["epochs"].names if name not in _UNUSED]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupTable:
     """All that may be compared: trials that share recipe, model, data and code numerics.
 
-    `timing_shared`: trials shared a CPU or GPU, so that their seconds are no measurement.
-    `unfinished` and `failed` name what the rows leave out.
+    `point`: of a sweep, which experiment; `axes`: of each sweep that it is in, what was chosen by
+    path; `apart`: in what the experiment differs from the suite's other groups here. `synthetic`:
+    trained on noise. `margin`: in percentage points, by which verdicts are made. `devices_alike`:
+    all trials ran on one kind of device, a CPU with as many threads; `timing_shared`: they shared
+    it, so that their seconds are no measurement. `missing`, `unfinished` and `failed` name what the
+    rows leave out, `commits` which methods come from which code, where that is several, `notes`
+    what a reader has to know.
     """
 
     suite: str
     group: str
     title: str
+    point: str
+    axes: list[dict[str, Any]]
+    apart: dict[str, Any]
     metric: str
     data: str
+    synthetic: bool
     recipe: dict[str, Any]
     epochs: int
+    margin: float
     devices: list[str]
+    devices_alike: bool
     timing_shared: bool
     dense: float
     paper_dense: float
     methods: list[MethodRow]
+    phases: list[Phase]
+    published: list[Comparison]
+    missing: list[str]
     unfinished: list[str]
     failed: list[str]
+    commits: list[str]
+    notes: list[str]
 
 
-def load(found: Iterable[Store]) -> list[GroupTable]:
-    """The tables of all groups in these results; raises UserError where nothing is stored."""
-    tables, looked = [], []
-    for store in found:
-        looked.append(store.place.uri)
-        trials = store.read("trials", TRIALS).to_pandas().sort_values("started")
-        _check(trials, store.place.uri)
-        epochs = store.read("epochs", EPOCHS).to_pandas(categories=["trial", "group"])
-        for group, rows in trials.groupby("group", sort=False):
-            tables.append(_group(str(group), rows, epochs[epochs["group"] == group]))
-    if not tables:
-        raise UserError(f"{', '.join(looked)}: no trial has been started yet")
-    return tables
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotBegun:
+    """A group of which nothing has been begun."""
+
+    suite: str
+    group: str
+    point: str
+    missing: list[str]
 
 
-def _check(trials: pd.DataFrame, where: str) -> None:
-    """Raises UserError for a row that no neqbench wrote."""
-    for row in trials.to_dict("records"):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The tables of all groups, and the rows that they were made of; `not_begun`: groups that were
+    asked for and have none; `done`: by group, a row for each trial that counts
+    (`methods.per_trial`).
+    """
+
+    groups: list[GroupTable]
+    not_begun: list[NotBegun]
+    done: dict[str, pd.DataFrame]
+    results: Results
+
+    def to_json(self) -> str:
+        """The documented JSON: {"groups": [GroupTable, …], "not_begun": [NotBegun, …]}."""
+        value = {
+            "groups": [plain(asdict(table)) for table in self.groups],
+            "not_begun": [asdict(group) for group in self.not_begun],
+        }
+        return json.dumps(value, indent=2)
+
+
+def load(found: Iterable[Store], only: set[str] | None = None) -> Report:
+    """The report of these results, or of `only` some groups; raises UserError where nothing is
+    stored, or what is stored makes no sense.
+    """
+    found = list(found)
+    results = checked(read(found, TRIALS, EPOCHS), found)
+    trials = results.trials
+    chosen = trials if only is None else trials[trials["group"].isin(only)]
+    apart = groups.apart(chosen)
+    of_groups = results.epochs.groupby("group", observed=True)
+    epochs = {str(group): rows for group, rows in of_groups}
+    none = results.epochs.iloc[:0]
+    tables: list[GroupTable] = []
+    done: dict[str, pd.DataFrame] = {}
+    for name, rows in chosen.groupby("group", sort=False):
+        group = str(name)
+        mine = epochs.get(group, none)
+        plans = [plan for plan in results.plans if plan.group == group]
+        state = groups.states(rows, mine, plans)
+        pairs = zip(state.done["method"], state.done["parameters"], strict=True)
+        called = labels([*pairs, *state.failures])
+        done[group] = per_trial(state.done, mine, called)
+        tables.append(_group(rows, state, done[group], mine, plans, called, apart, results.twice))
+    tables.sort(key=lambda table: table.suite)
+    not_begun = [] if only is not None else _not_begun(results)
+    return Report(groups=tables, not_begun=not_begun, done=done, results=results)
+
+
+def _not_begun(results: Results) -> list[NotBegun]:
+    begun = set(results.trials["group"])
+    waiting: dict[str, list[Plan]] = {}
+    for plan in results.plans:
+        if plan.group not in begun:
+            waiting.setdefault(plan.group, []).append(plan)
+    return [
+        NotBegun(
+            suite=plans[-1].suite,
+            group=group,
+            point=named(plans[-1].point),
+            missing=groups.missing(set(), plans),
+        )
+        for group, plans in waiting.items()
+    ]
+
+
+def plain(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def checked(results: Results, found: Iterable[Store]) -> Results:
+    """Raises UserError where there is nothing, and for a row that no neqbench wrote."""
+    if results.trials.empty:
+        where = ", ".join(store.place.uri for store in found)
+        raise UserError(f"{where}: no trial has been started yet")
+    for row in results.trials.to_dict("records"):
         try:
             experiment, parameters = json.loads(row["experiment"]), json.loads(row["parameters"])
             whole = {"recipe", "data", "world_size"} <= set(experiment)
-            whole &= parameters["kind"] in KINDS
+            whole &= {"train_size"} <= set(experiment["data"]) and parameters["kind"] in KINDS
+            whole &= row["state"] in ("running", "done", "failed")
+            whole &= all(isinstance(row[name], str) for name in TEXTS)
+            whole &= isinstance(json.loads(row["versions"]), dict)
             whole &= not pd.isna([row["seed"], row["epochs"], row["epochs_done"]]).any()
         except (ValueError, TypeError, KeyError):
             whole = False
         if not whole:
-            raise UserError(
-                f"{where}/trials/{row['trial']}.parquet makes no sense; delete it and run the "
-                "suite again: it is rewritten from its checkpoint"
-            )
+            path = f"{row['results']}/trials/{row['trial']}.parquet"
+            raise UserError(f"{path} makes no sense; {REWRITTEN}")
+    return results
 
 
-def to_json(tables: list[GroupTable]) -> str:
-    """The documented JSON: {"groups": [GroupTable, …]}."""
-    return json.dumps({"groups": [_plain(asdict(table)) for table in tables]}, indent=2)
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _group(group: str, trials: pd.DataFrame, epochs: pd.DataFrame) -> GroupTable:
-    first = trials.iloc[0]
+def _group(
+    trials: pd.DataFrame,
+    state: groups.States,
+    done: pd.DataFrame,
+    epochs: pd.DataFrame,
+    plans: list[Plan],
+    called: dict[tuple[str, str], str],
+    apart: dict[str, dict[str, Any]],
+    twice: dict[str, list[str]],
+) -> GroupTable:
+    first, group = trials.iloc[0], str(trials["group"].iloc[0])
+    plan = plans[-1] if plans else Plan(group=group, trials=[])
+    axes = [
+        p.point
+        for place, p in enumerate(plans)
+        if p.point and p.point not in [q.point for q in plans[:place]]
+    ]
     experiment = json.loads(first["experiment"])
-    stored = trials["trial"].isin(set(epochs["trial"].unique()))
-    done = trials[(trials["state"] == "done") & stored]
-    per_trial = _per_trial(epochs[epochs["trial"].isin(done["trial"])])
-    devices = sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique())
-    rows = _methods(done, per_trial, timed=len(devices) == 1)
+    synthetic = bool(experiment["data"].get("synthetic"))
+    margin = MARGIN if plan.margin is None else plan.margin
+    alike, sharing = len(devices(state.done)) == 1, shared(state.done)
+    rows = method_rows(
+        done, state.failures, called, margin / 100, noise=synthetic, timed=alike, shared=sharing
+    )
     return GroupTable(
         suite=first["suite"],
         group=group,
         title=first["title"],
+        point=named(axes[-1]) if axes else "",
+        axes=axes,
+        apart=apart[group],
         metric=first["metric"],
         data=first["data"],
+        synthetic=synthetic,
         recipe=experiment["recipe"]
         | {"train_size": experiment["data"]["train_size"], "workers": experiment["world_size"]},
         epochs=int(first["epochs"]),
-        devices=devices,
-        timing_shared=bool((done["trials_on_device"] > 1).any()),
-        dense=rows[0].dense if rows else math.nan,
-        paper_dense=float(per_trial["paper_dense"].mean()) if rows else math.nan,
+        margin=margin,
+        devices=sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique()),
+        devices_alike=alike,
+        timing_shared=sharing,
+        dense=float(done["dense"].mean()),
+        paper_dense=float(done["paper_dense"].mean()),
         methods=rows,
-        unfinished=[
-            f"{t.method} seed {t.seed}: {t.epochs_done} of {t.epochs} epochs"
-            for t in trials[trials["state"] == "running"].itertuples()
-        ]
-        + [
-            f"{t.method} seed {t.seed}: its rows are missing; run the suite again"
-            for t in trials[(trials["state"] == "done") & ~stored].itertuples()
-        ],
-        failed=[
-            f"{t.method} seed {t.seed}: {t.reason}"
-            for t in trials[trials["state"] == "failed"].itertuples()
-        ],
-    )
-
-
-def _per_trial(epochs: pd.DataFrame) -> pd.DataFrame:
-    """One row a trial: last metric, mean FLOPs per sample, seconds."""
-    epochs = epochs.sort_values("epoch")
-    for name in ("dense", "paper", "required", "executed"):
-        epochs[name] = epochs[f"backward_flops_{name}"] / epochs["samples"]
-    epochs["overhead"] = epochs["overhead_flops"] / epochs["samples"]
-    return epochs.groupby("trial", observed=True).agg(
-        value=("test_metric", "last"),
-        dense=("dense", "mean"),
-        paper=("paper", "mean"),
-        required=("required", "mean"),
-        executed=("executed", "mean"),
-        overhead=("overhead", "mean"),
-        paper_dense=("paper", "first"),  # everything trains in epoch 0
-        seconds_train=("seconds_train", "sum"),
-        seconds_decide=("seconds_equilibrium", "sum"),
-    )
-
-
-def _methods(done: pd.DataFrame, per_trial: pd.DataFrame, timed: bool) -> list[MethodRow]:
-    joined = done.join(per_trial, on="trial").sort_values("seed")
-    joined["kind"] = [json.loads(parameters)["kind"] for parameters in joined["parameters"]]
-    baseline = joined[joined["kind"] == "baseline"].groupby("seed")["value"].mean()
-    groups = [rows for _, rows in joined.groupby(["method", "parameters"])]
-    groups.sort(key=lambda rows: (list(KINDS).index(rows["kind"].iloc[0]), rows["method"].iloc[0]))
-    return [_method(rows, _label(rows, joined), baseline, timed) for rows in groups]
-
-
-def _label(rows: pd.DataFrame, everything: pd.DataFrame) -> str:
-    """The method's name, with what tells it from others of that name."""
-    name, mine = rows["method"].iloc[0], json.loads(rows["parameters"].iloc[0])
-    namesakes = everything[everything["method"] == name]["parameters"].unique()
-    others = [json.loads(parameters) for parameters in namesakes]
-    differing = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
-    unnamed = mine.get("gradient") == "cut" and "cut" not in name and "gradient" not in differing
-    cut = ["gradient=cut"] if unnamed else []
-    return " ".join([name, *(f"{key}={mine[key]}" for key in differing), *cut])
-
-
-def _method(rows: pd.DataFrame, label: str, baseline: "pd.Series[float]", timed: bool) -> MethodRow:
-    parameters = json.loads(rows["parameters"].iloc[0])
-    columns = ["value", "dense", "paper", "required", "executed", "overhead", "paper_dense"]
-    means = rows[columns].mean()
-    difference = (rows.set_index("seed")["value"] - baseline).dropna()
-    plain = parameters["kind"] == "baseline"
-    return MethodRow(
-        method=rows["method"].iloc[0],
-        label=label,
-        parameters=parameters,
-        n=len(rows),
-        seeds=[int(seed) for seed in rows["seed"]],
-        metric_mean=float(means["value"]),
-        metric_std=float(rows["value"].std(ddof=1)) if len(rows) > 1 else None,
-        difference=None if plain or difference.empty else float(difference.mean()),
-        dense=float(means["dense"]),
-        paper=float(means["paper"]),
-        paper_share=float(means["paper"] / means["paper_dense"]),
-        required=float(means["required"]),
-        required_share=float(means["required"] / means["dense"]),
-        executed=float(means["executed"]),
-        executed_share=float(means["executed"] / means["dense"]),
-        overhead=float(means["overhead"]),
-        overhead_share=float(means["overhead"] / means["dense"]),
-        saved=float(1 - (means["executed"] + means["overhead"]) / means["dense"]),
-        saved_paper=float(1 - means["paper"] / means["paper_dense"]),
-        seconds_train=float(rows["seconds_train"].mean()) if timed else None,
-        seconds_decide=float(rows["seconds_decide"].mean()) if timed else None,
+        phases=phases(done, epochs),
+        published=against_published(plan.published, done, trials, margin / 100),
+        missing=state.missing,
+        unfinished=state.unfinished,
+        failed=state.failed,
+        commits=notes.of_methods(trials),
+        notes=notes.notes(trials, rows, synthetic, twice, stated=plan.margin is not None),
     )

@@ -1,0 +1,117 @@
+"""A comparison of two runs as tables."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from harness.report.compare import Change, Compared, Comparison
+from harness.report.tables import Cell, Column, Table
+from harness.report.terminal import say, show_table
+from harness.report.words import NONE
+
+LISTED = 30  # trials, at the most
+TONES = {"better": "good", "worse": "bad", "unclear": "unclear"}
+NOTE = (
+    "B minus A: metric and saved in percentage points, seconds in per cent; means over seeds with "
+    "95 % intervals, paired by seed where seeds match. better, worse: the interval leaves zero "
+    "out; unclear: it does not, or there are fewer than three seeds."
+)
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Methods, then the trials that changed, then what is missing and which gates are missed."""
+    say(f"A: {found.a}", console)
+    say(f"B: {found.b}", console)
+    for table in _tables(found):
+        show_table(table, console)
+    console.print()
+    for note in found.notes:
+        say(note, console, style="yellow")
+    for line in found.missed:
+        say(f"missed: {line}", console, style="red")
+
+
+def _tables(found: Comparison) -> Iterator[Table]:
+    metrics = " | ".join(dict.fromkeys(found.metrics.values()))
+    changed = [t for t in found.trials if [c.mark for c in _counted(t)] != ["same", "same"]]
+    same = len(found.trials) - len(changed)
+    notes = [f"{same} of {len(found.trials)} trials are the same in metric and savings."]
+    comparable = [method for method in found.methods if not method.why]
+    if comparable:
+        yield _changes("Methods", metrics, comparable, [NOTE, *notes])
+    others = [method for method in found.methods if method.why]
+    if others:
+        rows = [[Cell(_name(m)), Cell(m.why)] for m in others]
+        columns = [Column("method", text=True), Column("why", text=True)]
+        yield Table(title="Not comparable", columns=columns, rows=rows)
+    if changed:
+        more = len(changed) - LISTED
+        notes = [f"And {more} more (--format json has all)."] if more > 0 else []
+        yield _changes("Trials that changed", metrics, changed[:LISTED], notes)
+
+
+def _counted(trial: Compared) -> list[Change]:
+    return [change for change in trial.changes if change.quantity in ("metric", "saved")]
+
+
+def _changes(title: str, metric: str, compared: list[Compared], notes: list[str]) -> Table:
+    columns = [
+        Column("method", text=True),
+        Column("n"),
+        Column("A", "%", wide=True),
+        Column("B", "%", wide=True),
+        Column(metric, "pp"),
+        Column("95 %", "pp", wide=True),
+        Column("", text=True),
+        Column("saved", "pp"),
+        Column("", text=True),
+        Column("seconds", "%"),
+        Column("", text=True),
+    ]
+    return Table(title=title, columns=columns, rows=[_row(c) for c in compared], notes=notes)
+
+
+def _row(compared: Compared) -> list[Cell]:
+    by = {change.quantity: change for change in compared.changes}
+    metric = by.get("metric")
+    return [
+        Cell(_name(compared)),
+        Cell(str(metric.n) if metric else NONE),
+        Cell(_percent(metric.a if metric else None)),
+        Cell(_percent(metric.b if metric else None)),
+        _size(metric),
+        Cell(_range(metric)),
+        _mark(metric),
+        _size(by.get("saved")),
+        _mark(by.get("saved")),
+        _size(by.get("seconds"), 1),
+        _mark(by.get("seconds")),
+    ]
+
+
+def _name(compared: Compared) -> str:
+    seed = None if compared.seed is None else f"seed {compared.seed}"
+    words = [compared.suite, compared.point, compared.method, seed]
+    return " ".join(word for word in words if word)
+
+
+def _size(change: Change | None, digits: int = 2) -> Cell:
+    if change is None or change.change is None:
+        return Cell(NONE)
+    return Cell(f"{change.change:+.{digits}f}".replace("-", "−"), change.change)
+
+
+def _range(change: Change | None) -> str:
+    if change is None or change.low is None or change.high is None:
+        return NONE
+    return f"[{change.low:+.2f}, {change.high:+.2f}]".replace("-", "−")
+
+
+def _mark(change: Change | None) -> Cell:
+    return (
+        Cell("") if change is None else Cell(change.mark, change.mark, TONES.get(change.mark, ""))
+    )
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,240 @@
+"""The report's figures."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from harness.report.curves import Curve, Mark, curves
+from harness.report.layers import layer_pictures
+from harness.report.methods import MethodRow
+from harness.report.model import GroupTable, Report
+from harness.report.style import BASELINE, WIDTH, Look, Of, Picture, legend, looks, style
+from harness.report.words import flops_unit
+
+DRAWN, DETAILED = 12, 4  # groups with figures, and with those of single layers: more take long
+
+
+def pictures(report: Report) -> Iterator[Picture]:
+    """The figures of the first groups, then those of all sweeps."""
+    with mpl.rc_context(style()):
+        shown = [table for table in report.groups if _shown(table)]
+        for place, table in enumerate(shown[:DRAWN]):
+            yield from _of_group(table, report, detailed=place < DETAILED)
+        for curve in curves(report.groups):
+            yield _sweep(curve)
+
+
+def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[Picture]:
+    epochs = report.results.epochs
+    rows, done = epochs[epochs["group"] == table.group], report.done[table.group]
+    of = Of(table.group, _name(table), " ".join(filter(None, [table.suite, table.point])))
+    yield _courses(table, done, rows, of)
+    yield _tradeoff(table, of)
+    if any(row.seconds_train is not None for row in _shown(table)):
+        yield _times(table, done, of)
+    labels = [row.label for row in _shown(table)]
+    if detailed:
+        yield from layer_pictures(done, labels, report.results, of)
+
+
+def _name(table: GroupTable) -> str:
+    words = [table.suite, table.point, table.group[:6]]
+    return _plain(" ".join(word for word in words if word))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", name)
+
+
+def _looks(rows: list[MethodRow]) -> dict[str, Look]:
+    return looks([row.label for row in rows], {row.label for row in rows if row.plain})
+
+
+def _shown(table: GroupTable) -> list[MethodRow]:
+    """Those of which a trial is finished."""
+    return [row for row in table.methods if row.n]
+
+
+def _from_zero(axis: Axes, values: Iterable[float]) -> None:
+    axis.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=1.0) or 1)
+
+
+def _courses(table: GroupTable, done: pd.DataFrame, epochs: pd.DataFrame, of: Of) -> Picture:
+    """Neurons updated, FLOPs, metric and learning rate, epoch by epoch."""
+    unit, scale = flops_unit(table.dense)
+    joined = epochs.merge(done[["trial", "label"]], on="trial")
+    joined = joined.assign(
+        updated=1 - joined["frozen_neurons"] / joined["total_neurons"],
+        flops=joined["backward_flops_executed"] / joined["samples"] / scale,
+    )
+    figure = Figure(figsize=(WIDTH, 7.0))
+    axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 3, 1.6])
+    panels = ("updated", "flops", "test_metric")
+    look = _looks(table.methods)
+    spread = joined.groupby(["label", "epoch"])[list(panels)].agg(["mean", "min", "max"])
+    for row in _shown(table):
+        course = spread.loc[row.label]
+        mine = look[row.label]
+        for axis, panel in zip(axes, panels, strict=False):
+            part = course[panel]
+            axis.plot(
+                part.index,
+                part["mean"],
+                label=row.label,
+                color=mine.colour,
+                linestyle=mine.line,
+                marker=mine.marker if table.epochs == 1 else None,
+            )
+            axis.fill_between(part.index, part["min"], part["max"], color=mine.colour, alpha=0.12)
+    lr = joined.groupby("epoch")["lr"].first()
+    axes[3].step(lr.index, lr, where="post", color=BASELINE)
+    if (lr > 0).all() and lr.max() > 5 * lr.min():
+        axes[3].set_yscale("log")
+    for axis, label in zip(
+        axes,
+        (
+            "neurons updated",
+            f"backward executed\n{unit}FLOPs per sample",
+            table.metric,
+            f"learning rate\n{table.recipe['optimizer']['name']}",
+        ),
+        strict=True,
+    ):
+        axis.set_ylabel(label)
+    for axis in (axes[0], axes[2]):
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _from_zero(axes[1], spread["flops", "max"])
+    _look_closer(axes[2], joined)
+    axes[3].set_xlabel("epoch")
+    legend(figure, axes[0])
+    figure.align_ylabels()
+    caption = (
+        f"neurons updated, backward FLOPs, {table.metric} and learning rate by epoch; "
+        "means over seeds, bands from the lowest to the highest."
+    )
+    return of.picture("epochs", caption, figure)
+
+
+def _look_closer(axis: Axes, joined: pd.DataFrame) -> None:
+    """Past the first fifth of the epochs, when differences begin to show."""
+    later = joined.loc[joined["epoch"] >= joined["epoch"].max() / 5, "test_metric"]
+    low, high = later.quantile(0.01), later.max()
+    if high > low:
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def _tradeoff(table: GroupTable, of: Of) -> Picture:
+    """What is kept against what is saved."""
+    figure = Figure(figsize=(WIDTH, 3.8))
+    axis: Axes = figure.subplots()
+    look = _looks(table.methods)
+    for row in _shown(table):
+        low = row.metric_mean if row.metric_low is None else row.metric_low
+        high = row.metric_mean if row.metric_high is None else row.metric_high
+        axis.errorbar(
+            100 * row.saved,
+            100 * row.metric_mean,
+            yerr=[[100 * (row.metric_mean - low)], [100 * (high - row.metric_mean)]],
+            fmt=look[row.label].marker,
+            color=look[row.label].colour,
+            capsize=3,
+            label=row.label,
+        )
+    plain = next((row for row in _shown(table) if row.plain), None)
+    margin = ""
+    if plain is not None:
+        level = 100 * plain.metric_mean
+        axis.axhline(level, color=BASELINE, linewidth=0.8)
+        axis.axhline(level - table.margin, color=BASELINE, linewidth=0.8, linestyle=":")
+        margin = f"; dotted: the baseline's less the margin of {table.margin:g} points"
+    axis.set_xlabel("backward FLOPs saved, deciding counted in, %")
+    axis.set_ylabel(f"{table.metric}, %")
+    legend(figure, axis)
+    caption = f"{table.metric} against what is saved; bars are 95 % intervals{margin}."
+    return of.picture("tradeoff", caption, figure)
+
+
+def _times(table: GroupTable, done: pd.DataFrame, of: Of) -> Picture:
+    """What the clock says of what the count says."""
+    figure = Figure(figsize=(WIDTH, 3.4))
+    axis: Axes = figure.subplots()
+    look = _looks(table.methods)
+    for row in _shown(table):
+        rows = done[done["label"] == row.label]
+        axis.scatter(
+            100 * (rows["executed"] + rows["overhead"]) / rows["dense"],
+            rows["seconds"],
+            marker=look[row.label].marker,
+            color=look[row.label].colour,
+            label=row.label,
+            alpha=0.8,
+        )
+    left = [100 * (1 - row.saved) for row in _shown(table)]
+    axis.set_xlim(0, 1.05 * max([100.0, *filter(math.isfinite, left)]))
+    _from_zero(axis, done["seconds"])
+    axis.set_xlabel("backward FLOPs executed, deciding counted in, % of dense")
+    axis.set_ylabel("training and deciding, s")
+    legend(figure, axis)
+    shared = " They shared a device: no measurement." if table.timing_shared else ""
+    caption = f"seconds against FLOPs, a mark for each trial.{shared}"
+    return of.picture("seconds", caption, figure)
+
+
+def _sweep(curve: Curve) -> Picture:
+    """Metric and FLOPs against a parameter."""
+    figure = Figure(figsize=(WIDTH, 4.8))
+    above, below = figure.subplots(2, 1, sharex=True)
+    look = looks(list(curve.lines), {n for n, points in curve.lines.items() if points[0].row.plain})
+    for place, (label, points) in enumerate(curve.lines.items()):
+        _line(above, below, points, label, look[label], curve, place)
+    if curve.baseline is not None:
+        above.axhline(100 * curve.baseline, color=BASELINE, linestyle="--", label="baseline")
+    above.set_ylabel(f"{curve.metric}, %")
+    below.set_ylabel("backward FLOPs left, %")
+    below.set_xlabel(curve.parameter)
+    rows = [point.row for points in curve.lines.values() for point in points]
+    _from_zero(below, [100 * (1 - row.saved) for row in rows])
+    if curve.ticks is not None:
+        below.set_xticks(range(len(curve.ticks)), curve.ticks)
+    elif curve.scale == "symlog":
+        below.set_xscale("symlog", linthresh=curve.threshold)
+        most = max(point.x for points in curve.lines.values() for point in points)
+        below.set_xlim(-curve.threshold / 3, 1.5 * most)
+    else:
+        below.set_xscale(curve.scale)
+    legend(figure, above)
+    mark = "dotted" if curve.ticks is None else "dashes"
+    caption = (
+        f"{curve.suite}: {curve.metric} with 95 % intervals, and what is left of the dense "
+        f"backward, deciding counted in, against {curve.parameter}; {mark}: by the paper's count, "
+        "of its own."
+    )
+    words = [curve.suite, curve.family, curve.parameter, curve.first[:6]]
+    name = f"{_plain(' '.join(filter(None, words)))}-sweep"
+    return Picture(name=name, group=curve.group, caption=caption, figure=figure)
+
+
+def _line(
+    above: Axes, below: Axes, points: list[Mark], label: str, look: Look, curve: Curve, place: int
+) -> None:
+    """One method's; of values that are no numbers, marks beside each other."""
+    words = curve.ticks is not None
+    at = [point.x + 0.06 * place * words for point in points]
+    style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
+    style["linestyle"] = "" if words else look.line
+    rows = [point.row for point in points]
+    above.plot(at, [100 * row.metric_mean for row in rows], label=label, **style)
+    for x, row in zip(at, rows, strict=True):
+        if row.metric_low is not None and row.metric_high is not None:
+            ends = [100 * row.metric_low, 100 * row.metric_high]
+            above.plot([x, x], ends, color=look.colour, linewidth=1)
+    below.plot(at, [100 * (1 - row.saved) for row in rows], label=label, **style)
+    paper = [100 * row.paper_share for row in rows]
+    below.plot(at, paper, "_" if words else ":", color=look.colour)

@@ -1,0 +1,124 @@
+"""What belongs to a group, what is missing there, and what sets it apart from others."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.plans import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """`done`: the trials that count; what the others are, in words; `failures`: of each method, by
+    its name and parameters.
+    """
+
+    done: pd.DataFrame
+    missing: list[str]
+    unfinished: list[str]
+    failed: list[str]
+    failures: Counter[tuple[str, str]]
+
+
+def states(trials: pd.DataFrame, epochs: pd.DataFrame, plans: list[Plan]) -> States:
+    """Of a group's trials, its epochs, and what was asked for."""
+    whole, last = (
+        _whole(trials, epochs),
+        epochs.loc[epochs.groupby("trial", observed=True)["epoch"].idxmax()],
+    )
+    finite = set(last.loc[np.isfinite(last["test_metric"]), "trial"])
+    done = trials["state"] == "done"
+    undefined = done & whole & ~trials["trial"].isin(finite)
+    failed = trials[(trials["state"] == "failed") | undefined]
+    known = failed["reason"].fillna("no reason is known")
+    reasons = np.where(undefined[failed.index], "its metric is no finite number", known)
+    names = list(zip(failed["method"], failed["parameters"], strict=True))
+    return States(
+        done=trials[done & whole & ~undefined],
+        missing=missing(set(trials["trial"]), plans),
+        unfinished=[
+            f"{t.method} seed {t.seed}: {t.epochs_done} of {t.epochs} epochs"
+            for t in trials[trials["state"] == "running"].itertuples()
+        ]
+        + [
+            f"{t.method} seed {t.seed}: its rows of epochs are not whole; delete "
+            f"epochs/{t.trial}.parquet and run the suite again"
+            for t in trials[done & ~whole].itertuples()
+        ],
+        failed=[
+            f"{t.method} seed {t.seed}: {reason}"
+            for t, reason in zip(failed.itertuples(), reasons, strict=True)
+        ],
+        failures=Counter(names),
+    )
+
+
+def _whole(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each epoch of a trial is there once."""
+    ordered = epochs.sort_values(["trial", "epoch"]).groupby("trial", observed=True)["epoch"]
+    found = {str(trial): list(rows) for trial, rows in ordered}
+    wanted = zip(trials["trial"], trials["epochs"], strict=True)
+    return pd.Series([found.get(t) == list(range(n)) for t, n in wanted], index=trials.index)
+
+
+def missing(known: set[str], plans: list[Plan]) -> list[str]:
+    """What was asked for and is not known, a line for each method."""
+    wanted: dict[str, set[int]] = {}
+    for plan in plans:
+        for key, method, seed in plan.trials:
+            if key not in known:
+                wanted.setdefault(method, set()).add(seed)
+    return [f"{method}: {seeds(numbers)}" for method, numbers in wanted.items()]
+
+
+def seeds(numbers: set[int] | list[int]) -> str:
+    """ "seed 3", "seeds 0-4, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    listed = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+    return f"{'seeds' if len(numbers) > 1 else 'seed'} {listed}"
+
+
+def apart(trials: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """For each group, in what its experiment differs from the other groups of its suite."""
+    found: dict[str, dict[str, Any]] = {}
+    for _, rows in trials.groupby("suite"):
+        firsts = rows.drop_duplicates("group")
+        facts = {str(row["group"]): conditions(row) for row in firsts.to_dict("records")}
+        found |= {group: _own(mine, facts) for group, mine in facts.items()}
+    return found
+
+
+def _own(mine: dict[str, Any], facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    others = [other for other in facts.values() if other is not mine]
+    paths = [p for p in mine if any(other.get(p) != mine[p] for other in others)]
+    paths += [p for other in others for p in other if p not in mine and p not in paths]
+    return {path: mine.get(path) for path in dict.fromkeys(paths)} or (
+        {"code": "the suite's own code or starting weights"} if others else {}
+    )
+
+
+def conditions(trial: dict[Any, Any]) -> dict[str, Any]:
+    """A trial's experiment by path ("recipe.epochs"), and "data", the name of the data."""
+    return _flat(json.loads(trial["experiment"])) | {
+        "data": trial["data"],
+        "data.fingerprint": trial["data_fingerprint"],
+    }
+
+
+def _flat(value: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat(item, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = item
+    return flat

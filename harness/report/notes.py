@@ -1,0 +1,92 @@
+"""What a reader has to know before believing a table."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from harness.report.methods import MethodRow
+from harness.report.words import counted
+from harness.statistics import FEWEST
+
+FEW = 6  # seeds, below which intervals say little about rare failures
+
+
+def notes(
+    trials: pd.DataFrame,
+    rows: list[MethodRow],
+    synthetic: bool,
+    twice: dict[str, list[str]],
+    *,
+    stated: bool,
+) -> list[str]:
+    """A line each."""
+    doubled = [trial for trial in trials["trial"] if trial in twice]
+    return [
+        *(["Trained on noise: the metric means nothing."] if synthetic else []),
+        *_compared(rows),
+        *([] if stated else ["The suite's margin is not known here; 0.5 points are assumed."]),
+        f"Code: {', '.join(commits(trials))}.",
+        *versions(trials),
+        *(
+            [f"{counted(len(doubled), 'trial')} in several of these folders; each counts once."]
+            if doubled
+            else []
+        ),
+    ]
+
+
+def _compared(rows: list[MethodRow]) -> list[str]:
+    if not rows:
+        return []
+    if not any(row.plain and row.n for row in rows):
+        return ["No baseline is finished: there is nothing to compare with."]
+    counts = [row.difference_n for row in rows if row.difference_n is not None]
+    if not counts:
+        return []
+    fewest = min(counts)
+    found = []
+    if fewest < FEWEST:
+        found.append(f"No verdict from fewer than {FEWEST} seeds.")
+    elif fewest < FEW:
+        freedom = (
+            f"{fewest - 1} degrees of freedom" if any(r.paired for r in rows) else "few values"
+        )
+        found.append(f"A small sample: intervals rest on {fewest} seeds ({freedom}).")
+    if len(counts) > 1:
+        found.append(f"Intervals are of one comparison each, not corrected for {len(counts)}.")
+    if any(row.paired is False for row in rows):
+        found.append("Where seeds do not match the baseline's, intervals are Welch's (unpaired).")
+    return found
+
+
+def commits(trials: pd.DataFrame) -> list[str]:
+    """Where the code of these trials comes from; of several commits, with how many trials each."""
+    pairs = zip(trials["git_sha"], trials["git_dirty"], strict=True)
+    counts = Counter((_sha(sha), bool(dirty == True)) for sha, dirty in pairs)  # noqa: E712 — or null
+    return [
+        f"{sha[:7]}{' with uncommitted changes' if dirty else ''}{f' ({n})' * (len(counts) > 1)}"
+        for (sha, dirty), n in counts.items()
+    ]
+
+
+def _sha(value: Any) -> str:
+    return value if isinstance(value, str) else "unknown"
+
+
+def of_methods(trials: pd.DataFrame) -> list[str]:
+    """Which methods come from which commit, where there are several."""
+    if len(commits(trials)) == 1:
+        return []
+    groups = trials.groupby("method", sort=False)
+    return [f"{method}: {', '.join(commits(rows))}" for method, rows in groups]
+
+
+def versions(trials: pd.DataFrame) -> list[str]:
+    """In which packages these trials differ."""
+    known = [json.loads(text) for text in trials["versions"].dropna().unique()]
+    names = [n for n in dict.fromkeys(n for v in known for n in v) if n != "neqbench"]
+    differing = {name: {str(v.get(name)) for v in known} for name in names}
+    mixed = [f"{name} {' | '.join(sorted(v))}" for name, v in differing.items() if len(v) > 1]
+    return [f"Trials of several versions: {', '.join(mixed)}."] if mixed else []

@@ -1,0 +1,83 @@
+"""Where in training the saving arises: by phases of the learning-rate schedule."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+MOST = 6  # phases; a schedule with more drops is a smooth one, and is cut into thirds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRow:
+    """One method in one phase, means over its seeds.
+
+    `metric`: at the end of the phase; `gained`: since the end of the phase before (None in the
+    first). `saved`: of the dense backward of the phase, the cost of deciding counted in; `share`:
+    of the dense backward of the whole training, so that phases add up to the method's `saved`.
+    `frozen`: mean share of the neurons.
+    """
+
+    label: str
+    metric: float
+    gained: float | None
+    saved: float
+    share: float
+    frozen: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Epochs from `first` to `last`, both included; `lr` at its first epoch."""
+
+    first: int
+    last: int
+    lr: float
+    methods: list[PhaseRow]
+
+
+def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
+    """Between drops of the learning rate to half or less, or thirds of any other schedule."""
+    if done.empty:
+        return []
+    mine = epochs.merge(done[["trial", "label"]], on="trial")
+    mine = mine.assign(
+        frozen=mine["frozen_neurons"] / mine["total_neurons"],
+        spent=mine["backward_flops_executed"] + mine["overhead_flops"],
+    )
+    columns = ["lr", "test_metric", "frozen", "spent", "backward_flops_dense"]
+    by_epoch = mine.groupby(["label", "epoch"])[columns]
+    curves = by_epoch.mean().where(by_epoch.count().eq(by_epoch.size(), axis=0))
+    labels = list(dict.fromkeys(done["label"]))
+    lr = curves.loc[labels[0], "lr"]
+    found, before = [], dict[str, float]()
+    for first, last in _bounds(list(lr)):
+        rows = [_row(label, curves.loc[label], first, last, before) for label in labels]
+        before = {row.label: row.metric for row in rows}
+        found.append(Phase(first=first, last=last, lr=float(lr.iloc[first]), methods=rows))
+    return found
+
+
+def _bounds(lr: list[float]) -> list[tuple[int, int]]:
+    count = len(lr)
+    drops = [e for e in range(1, count) if lr[e] <= 0.5 * lr[e - 1]]
+    falls = sum(lr[e] < lr[e - 1] for e in range(1, count))
+    by_drops = drops and len(drops) < MOST and falls <= 2 * len(drops)
+    starts = [0, *drops] if by_drops else sorted({0, count // 3, 2 * count // 3})
+    return [(start, end - 1) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def _row(
+    label: str, curve: pd.DataFrame, first: int, last: int, before: dict[str, float]
+) -> PhaseRow:
+    part = curve.loc[first:last]
+    metric = float(part["test_metric"].iloc[-1])
+    dense = float(part["backward_flops_dense"].sum())
+    less = dense - float(part["spent"].sum(skipna=False))
+    return PhaseRow(
+        label=label,
+        metric=metric,
+        gained=metric - before[label] if label in before else None,
+        saved=less / dense,
+        share=less / float(curve["backward_flops_dense"].sum()),
+        frozen=float(part["frozen"].mean()),
+    )

@@ -1,0 +1,102 @@
+"""All about each group of a report, as sections of tables."""
+
+from collections import Counter
+from itertools import groupby
+from typing import Any
+
+from harness.config import forward_size
+from harness.report import views
+from harness.report.answers import answers
+from harness.report.curves import Sweep, sweep_of, sweeps
+from harness.report.model import GroupTable, NotBegun, Report
+from harness.report.tables import Section
+from harness.report.words import arguments, counted, listed, said
+
+
+def sections(report: Report) -> list[Section]:
+    """One for each group; after the groups of a sweep, one for all of them; what is not begun."""
+    found = []
+    for _, mine in groupby(report.groups, key=lambda table: table.suite):
+        groups = list(mine)
+        points = Counter(table.point for table in groups)
+        found += [_section(table, named=points[table.point] == 1) for table in groups]
+        found += [_sweep(sweep) for sweep in sweeps(groups)]
+    return found + [_not_begun(group) for group in report.not_begun]
+
+
+def _sweep(sweep: Sweep) -> Section:
+    point, first = sweep[0]
+    swept = ", ".join(path.rpartition(".")[2] for path in point)
+    return Section(
+        suite=first.suite,
+        title=f"{first.suite}: all points of {swept}",
+        group=sweep_of(sweep),
+        tables=[views.sweep(sweep)],
+    )
+
+
+def _not_begun(group: NotBegun) -> Section:
+    point = f" ({group.point})" if group.point else ""
+    return Section(
+        suite=group.suite,
+        title=f"{group.suite}{point}",
+        group=group.group,
+        tables=[],
+        alerts=[("Not begun", line) for line in group.missing],
+    )
+
+
+def _section(table: GroupTable, *, named: bool) -> Section:
+    """`named`: its point says enough of what tells it from the others."""
+    made = []
+    if any(row.n for row in table.methods):
+        made = [views.accuracy(table), views.savings(table)]
+        made += [views.phases(table)] if len(table.methods) > 1 else []
+        made += [views.stopped(table)] if any(row.stopped_epochs for row in table.methods) else []
+    made += [views.published(table)] if made and table.published else []
+    alerts = [("Not begun", line) for line in table.missing]
+    alerts += [("Unfinished", line) for line in table.unfinished]
+    alerts += [("Failed", line) for line in table.failed]
+    alerts += [("Several code versions, of the same numerics", line) for line in table.commits]
+    notes = [*([] if made else ["No trial is finished yet."]), *table.notes]
+    point = f" ({table.point})" if table.point else ""
+    return Section(
+        suite=table.suite,
+        title=f"{table.suite}{point}: {table.title}",
+        group=table.group,
+        facts=_facts(table, named=named),
+        answers=answers(table),
+        tables=made,
+        notes=notes,
+        alerts=alerts,
+    )
+
+
+def _facts(table: GroupTable, *, named: bool) -> list[str]:
+    recipe = table.recipe
+    used = f" ({recipe['train_size']} images)" if recipe["train_size"] else ""
+    classes = [recipe[part] for part in ("optimizer", "scheduler") if recipe[part]]
+    facts = [
+        f"{table.data}{used} · {counted(table.epochs, 'epoch')} · {_batch(recipe)} · "
+        f"{recipe['precision']} · group {table.group}",
+        " · ".join(f"{part['name']} {listed(arguments(part))}" for part in classes),
+        ", ".join(table.devices),
+    ]
+    if table.apart and not (table.point and named):
+        differs = ", ".join(f"{path} {said(value)}" for path, value in table.apart.items())
+        facts.append(f"Stands apart from the suite's other groups by {differs}")
+    for row in table.methods:
+        parameters = {k: v for k, v in row.parameters.items() if k != "kind"}
+        if parameters:
+            facts.append(f"{row.label}: {listed(parameters)}")
+    return facts
+
+
+def _batch(recipe: dict[str, Any]) -> str:
+    """What the batch is of, where BatchNorm does not see all of it at once."""
+    size, workers = recipe["batch_size"], recipe["workers"]
+    forward = forward_size(size, recipe.get("forward_batch"), workers)
+    if forward == size:
+        return f"batch {size}"
+    by = f" on {workers} workers" if workers > 1 else ""
+    return f"batch {size}{by}, {forward} per forward and BatchNorm"

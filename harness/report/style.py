@@ -1,0 +1,135 @@
+"""How figures look: one set of colours for the page, light or dark, and for print."""
+
+import io
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours without yellow and black, which vanish on one of two backgrounds.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+BASELINE = "#7f7f7f"
+LINES = (
+    "-",
+    (0, (6, 1.5)),
+    (0, (1, 1)),
+    (0, (6, 1.5, 1, 1.5)),
+    (0, (3, 1)),
+    (0, (8, 2, 1, 2, 1, 2)),
+)
+MARKERS = "sD^vPX*<>"
+INK = "#123457"  # replaced by the colour of the text around
+WIDTH = 5.8  # inches
+STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "neqbench",
+}
+_INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a method looks in all figures: told apart without colours, too."""
+
+    colour: Any
+    line: Any
+    marker: str
+
+
+def looks(labels: Sequence[str], plain: Container[str]) -> dict[str, Look]:
+    """Of methods in their order, of which `plain` are baselines; of many, shades in that order."""
+    others = [label for label in labels if label not in plain]
+    shades: list[Any] = list(COLOURS)
+    if len(others) > len(COLOURS):
+        viridis = mpl.colormaps["viridis"]
+        shades = [viridis(0.9 * place / (len(others) - 1)) for place in range(len(others))]
+    lines, markers = ("--", *LINES), ("o", *MARKERS)
+    found = {
+        label: Look(BASELINE, lines[place % len(lines)], markers[place % len(markers)])
+        for place, label in enumerate(label for label in labels if label in plain)
+    }
+    for place, label in enumerate(others):
+        line, marker = LINES[place % len(LINES)], MARKERS[place % len(MARKERS)]
+        found[label] = Look(shades[place], line, marker)
+    return found
+
+
+def legend(figure: Figure, axis: Axes) -> None:
+    """Above the axes, in as many columns as there is room for."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = max(1, int(15 * WIDTH / (max(map(len, labels), default=1) + 6)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels) or 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A figure: its file's name, the group whose section it stands in, and what it shows."""
+
+    name: str
+    group: str
+    caption: str
+    figure: Figure
+
+    def png(self) -> bytes:
+        """On white, 200 dots per inch."""
+        return _drawn(self.figure, "png", dpi=200, facecolor="white")
+
+    def svg(self) -> str:
+        """Without background, in the colour of the text around it; names are its own."""
+        text = _drawn(self.figure, "svg", transparent=True, metadata={"Date": None}).decode()
+        text = text[text.index("<svg") :].replace(INK, "currentColor")
+        text = re.sub(r'\bid="', f'id="{self.name}-', text)
+        text = re.sub(r'(href="|url\()#', rf"\1#{self.name}-", text)
+        return re.sub(
+            r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"',
+            r"<svg \1",
+            text,
+            count=1,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Of:
+    """What a group's figures are of: the group's hash, the start of their files' names, a title."""
+
+    group: str
+    name: str
+    title: str
+
+    def picture(self, kind: str, caption: str, figure: Figure) -> Picture:
+        """Named and titled."""
+        return Picture(
+            name=f"{self.name}-{kind}",
+            group=self.group,
+            caption=f"{self.title}: {caption}",
+            figure=figure,
+        )
+
+
+def style() -> mpl.RcParams:
+    """To be used as `with rc_context(style())`."""
+    return mpl.RcParams(STYLE | dict.fromkeys(_INKED, INK))
+
+
+def _drawn(figure: Figure, form: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    with mpl.rc_context(style()):
+        figure.savefig(data, format=form, **options)
+    return data.getvalue()
