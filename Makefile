@@ -36,7 +36,7 @@ imagenet: setup ## the paper's ImageNet suite, ResNet-18 (wants the data and GPU
 segmentation: setup ## the paper's DeepLabv3 suite on COCO (wants the data and GPUs)
 	$(NEQBENCH) run segmentation $(ARGS)
 
-report: setup ## print the report of everything below results/
+report: setup ## print the report of everything below results/ (ARGS="--format html" for a page)
 	$(NEQBENCH) report results $(ARGS)
 
 submit: setup ## run SUITE as a job on the Ray cluster at ADDRESS, results in RESULTS
