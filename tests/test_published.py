@@ -210,6 +210,10 @@ def test_the_report_holds_the_paper_against_a_run_of_noise(tmp_path, neqbench):
     verdicts = {(c.method, c.what): (c.verdict, c.why) for c in table.published}
     assert verdicts["baseline", "paper_dense"] == ("agrees", "")
     assert verdicts["neq", "metric"] == ("not comparable", "trained on noise")
+    narrow = neqbench("report", tmp_path, columns=80).stdout
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert narrow.count("not comparable") >= 6
+    assert " agrees" in narrow
     text = " ".join(neqbench("report", tmp_path, columns=120).stdout.split())
     assert "138,937,600 138,937,600 agrees" in text
     assert "92.97 ± 0.21 ᵃ not comparable ¹" in text

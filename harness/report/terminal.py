@@ -10,7 +10,7 @@ from rich.text import Text
 
 from harness.report.tables import Section, Table
 
-NAMES = 17  # columns that the first one keeps at least
+WORDS = 17  # columns that one of text keeps at least
 WIDE = 110  # columns from which there is room for all
 STYLES = {"good": "green", "bad": "red", "unclear": "yellow"}
 ALERTS = {"Failed": "red"}
@@ -37,17 +37,16 @@ def show_table(table: Table, console: Console) -> None:
     """The table under its title, its notes below."""
     shown = [p for p, c in enumerate(table.columns) if console.width >= WIDE or not c.wide]
     grid = Grid(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    names = min(NAMES, max((len(row[0].text) for row in table.rows), default=0))
     for place in shown:
         column = table.columns[place]
         title = f"{column.title}\n{column.unit}" if _units(table) else column.title
-        last = place == shown[-1]
+        longest = max((len(row[place].text) for row in table.rows), default=0)
         grid.add_column(
             title,
             justify="left" if column.text else "right",
-            no_wrap=not (column.text and (place == 0 or last)),
+            no_wrap=not column.text,
             overflow="fold",
-            min_width=names if place == 0 else None,
+            min_width=min(WORDS, max(longest, len(column.title))) if column.text else None,
         )
     for row in table.rows:
         grid.add_row(*(Text(row[p].text, style=STYLES.get(row[p].tone, "")) for p in shown))

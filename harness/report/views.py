@@ -283,7 +283,7 @@ def sweep(swept: Sweep) -> Table:
             Column("Δ", "pp"),
             Column("95 %", "pp", wide=True),
             Column("executed", "% saved"),
-            Column("paper", "% saved"),
+            Column("paper", "% saved", wide=True),
             Column("verdict", text=True),
         ],
         rows=rows,
@@ -323,9 +323,9 @@ def _raised(number: int) -> str:
 def _comparison(found: Comparison, metric: str, whys: list[str]) -> list[Cell]:
     what = {
         "metric": f"{metric}, %",
-        "paper": "FLOPs, paper's count",
-        "paper_dense": "dense FLOPs, paper's count",
-        "frozen": "frozen at the end, %",
+        "paper": "paper's count",
+        "paper_dense": "paper's count, dense",
+        "frozen": "frozen at end, %",
     }[found.what]
     if found.epochs is not None:
         what += f", epochs {found.epochs[0]}–{found.epochs[1]}"
