@@ -110,6 +110,7 @@ def _courses(table: GroupTable, done: pd.DataFrame, epochs: pd.DataFrame, of: Of
         axis.set_ylabel(label)
     for axis in (axes[0], axes[2]):
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes[0].set_ylim(-0.03, 1.05)
     _from_zero(axes[1], spread["flops", "max"])
     _look_closer(axes[2], joined)
     axes[3].set_xlabel("epoch")
