@@ -12,6 +12,7 @@ from harness.methods import MethodSpec, with_kinds
 
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
 NUMERICS = 3
+MARGIN = 0.5  # percentage points, where a suite states none
 
 Count = Annotated[int, Field(gt=0, strict=True)]
 Size = Annotated[int, Field(ge=0, strict=True)]
@@ -200,7 +201,7 @@ class Suite(Strict):
     methods: dict[MethodName, MethodSpec]
     default_methods: tuple[str, ...] = ()
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    margin: Annotated[float, Field(gt=0, lt=100)] = 0.5
+    margin: Annotated[float, Field(gt=0, lt=100)] = MARGIN
     published: Published = Published()
     point: dict[str, Any] = {}
 

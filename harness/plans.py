@@ -19,7 +19,7 @@ class Plan:
     suite: str = ""
     point: dict[str, Any] = field(default_factory=dict)
     margin: float | None = None
-    published: dict[str, Any] = field(default_factory=dict)
+    published: Published = field(default_factory=Published)
     written: float = 0.0
 
     @classmethod
@@ -32,13 +32,14 @@ class Plan:
             trials=trials,
             point=suite.point,
             margin=suite.margin,
-            published=suite.published.model_dump(mode="json"),
+            published=suite.published,
         )
 
     def to_json(self) -> bytes:
         """As it is stored."""
         rows = [dict(zip(("trial", "method", "seed"), row, strict=True)) for row in self.trials]
-        return json.dumps(asdict(self) | {"trials": rows}).encode()
+        published = self.published.model_dump(mode="json")
+        return json.dumps(asdict(self) | {"trials": rows, "published": published}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -54,6 +55,6 @@ class Plan:
             suite=str(plan.get("suite", "")),
             point=point if isinstance(point, dict) else {},
             margin=None if margin is None else float(margin),
-            published=Published.model_validate(plan.get("published", {})).model_dump(),
+            published=Published.model_validate(plan.get("published", {})),
             written=float(plan.get("written", 0.0)),
         )

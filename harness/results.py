@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -80,12 +79,8 @@ def read(
     )
     return Results(
         trials=kept.reset_index(drop=True),
-        epochs=epochs.to_pandas(categories=_categories(epochs)),
+        epochs=epochs.to_pandas(categories=["trial", "group"]),
         plans=sorted((p for store in found for p in store.plans()), key=lambda p: p.written),
         twice={str(trial): list(uris) for trial, uris in several},
         _origins=origins,
     )
-
-
-def _categories(table: pa.Table) -> list[Any]:
-    return [name for name in ("trial", "group") if name in table.column_names]

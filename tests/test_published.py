@@ -8,6 +8,7 @@ import pytest
 from trials import ask, run
 
 from harness import plan, suites
+from harness.config import Published
 from harness.report.model import load
 from harness.report.published import against_published
 from harness.storage import Store
@@ -33,7 +34,7 @@ def compared(figure, values, experiment=EXPERIMENT, data="CIFAR-10", column="val
     own = {"method": "neq", "label": "neq", "parameters": json.dumps(PARAMETERS)}
     done = pd.DataFrame([own | {column: value, "paper_curve": [1.0, value]} for value in values])
     stated = {"source": "somewhere", "conditions": CONDITIONS, "values": [FIGURE | figure]}
-    found = against_published(stated, done, trials, 0.005)
+    found = against_published(Published.model_validate(stated), done, trials, 0.005)
     return found[0] if found else None
 
 
@@ -191,7 +192,7 @@ def test_a_suite_meets_the_conditions_of_what_it_carries(name):
         if name == "segmentation-voc":
             continue  # published for COCO
         assert stated["conditions"].pop("data", "ImageNet") in NAMES[name.partition("-")[0]]
-        found = against_published(stated, done, trials, 0.005)
+        found = against_published(Published.model_validate(stated), done, trials, 0.005)
         compared += len(found)
         assert not [c.why for c in found if "published with" in c.why]
     assert compared > 0 or name == "segmentation-voc"

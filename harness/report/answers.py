@@ -4,6 +4,7 @@ import math
 
 from harness.report.methods import MethodRow
 from harness.report.model import GroupTable
+from harness.report.words import signed
 
 MOST = 3  # methods; of more, the tables tell
 
@@ -30,9 +31,9 @@ def _answer(row: MethodRow, table: GroupTable) -> str:
 def _kept(row: MethodRow, table: GroupTable) -> str:
     if row.difference is None:
         return f"has {100 * row.metric_mean:.2f} % {table.metric}, and no baseline to compare with."
-    found = f"{100 * row.difference:+.2f} points"
-    if row.difference_low is not None and row.difference_high is not None:
-        found += f", between {100 * row.difference_low:+.2f} and {100 * row.difference_high:+.2f}"
+    found = f"{signed(row.difference)} points"
+    if row.difference_low is not None:
+        found += f", between {signed(row.difference_low)} and {signed(row.difference_high)}"
     margin = f"{table.margin:g} points"
     said = {
         "keeps": f"keeps the baseline's {table.metric} to within {margin}",
@@ -40,7 +41,7 @@ def _kept(row: MethodRow, table: GroupTable) -> str:
         "undecided": f"may or may not lose {margin} of the baseline's {table.metric}",
     }.get(row.verdict or "", f"has no verdict on {table.metric}")
     why = f"; {row.withheld}" if row.withheld else ""
-    return f"{said} ({found}; n = {row.difference_n}{why}).".replace("-", "−")
+    return f"{said} ({found}; n = {row.difference_n}{why})."
 
 
 def _less(saved: float) -> str:

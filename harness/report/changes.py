@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from harness.report.compare import Change, Compared, Comparison
-from harness.report.tables import Cell, Column, Table
+from harness.report.tables import TONES, Cell, Column, Table
 from harness.report.terminal import say, show_table
-from harness.report.words import NONE
+from harness.report.words import NONE, points, spread
 
 LISTED = 30  # trials, at the most
-TONES = {"better": "good", "worse": "bad", "unclear": "unclear"}
 NOTE = (
     "B minus A: metric and saved in percentage points, seconds in per cent; means over seeds with "
     "95 % intervals, paired by seed where seeds match. better, worse: the interval leaves zero "
@@ -77,8 +76,8 @@ def _row(compared: Compared) -> list[Cell]:
     return [
         Cell(_name(compared)),
         Cell(str(metric.n) if metric else NONE),
-        Cell(_percent(metric.a if metric else None)),
-        Cell(_percent(metric.b if metric else None)),
+        Cell(spread(metric.a if metric else None, None)),
+        Cell(spread(metric.b if metric else None, None)),
         _size(metric),
         Cell(_range(metric)),
         _mark(metric),
@@ -98,20 +97,16 @@ def _name(compared: Compared) -> str:
 def _size(change: Change | None, digits: int = 2) -> Cell:
     if change is None or change.change is None:
         return Cell(NONE)
-    return Cell(f"{change.change:+.{digits}f}".replace("-", "−"), change.change)
+    return Cell(points(change.change, digits), change.change)
 
 
 def _range(change: Change | None) -> str:
     if change is None or change.low is None or change.high is None:
         return NONE
-    return f"[{change.low:+.2f}, {change.high:+.2f}]".replace("-", "−")
+    return f"[{points(change.low)}, {points(change.high)}]"
 
 
 def _mark(change: Change | None) -> Cell:
     return (
         Cell("") if change is None else Cell(change.mark, change.mark, TONES.get(change.mark, ""))
     )
-
-
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.2f}"

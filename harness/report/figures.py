@@ -15,6 +15,7 @@ from harness.report.curves import Curve, Mark, curves
 from harness.report.layers import layer_pictures
 from harness.report.methods import MethodRow
 from harness.report.model import GroupTable, Report
+from harness.report.phases import labelled
 from harness.report.style import BASELINE, WIDTH, Look, Of, Picture, legend, looks, style
 from harness.report.words import flops_unit
 
@@ -69,9 +70,9 @@ def _from_zero(axis: Axes, values: Iterable[float]) -> None:
 def _courses(table: GroupTable, done: pd.DataFrame, epochs: pd.DataFrame, of: Of) -> Picture:
     """Neurons updated, FLOPs, metric and learning rate, epoch by epoch."""
     unit, scale = flops_unit(table.dense)
-    joined = epochs.merge(done[["trial", "label"]], on="trial")
+    joined = labelled(done, epochs)
     joined = joined.assign(
-        updated=1 - joined["frozen_neurons"] / joined["total_neurons"],
+        updated=1 - joined["frozen"],
         flops=joined["backward_flops_executed"] / joined["samples"] / scale,
     )
     figure = Figure(figsize=(WIDTH, 7.0))

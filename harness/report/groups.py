@@ -26,10 +26,8 @@ class States:
 
 def states(trials: pd.DataFrame, epochs: pd.DataFrame, plans: list[Plan]) -> States:
     """Of a group's trials, its epochs, and what was asked for."""
-    whole, last = (
-        _whole(trials, epochs),
-        epochs.loc[epochs.groupby("trial", observed=True)["epoch"].idxmax()],
-    )
+    whole = _whole(trials, epochs)
+    last = epochs.loc[epochs.groupby("trial", observed=True)["epoch"].idxmax()]
     finite = set(last.loc[np.isfinite(last["test_metric"]), "trial"])
     done = trials["state"] == "done"
     undefined = done & whole & ~trials["trial"].isin(finite)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.config import MARGIN
 from harness.errors import UserError
 from harness.grid import named
 from harness.methods import KINDS
@@ -21,7 +22,6 @@ from harness.results import Results, read
 from harness.storage import Store
 
 TEXTS = ("group", "suite", "method", "metric", "title", "data", "versions")
-MARGIN = 0.5  # percentage points, where the suite's is not known
 
 _LEFT_OUT = {"traceback", "driver"}
 TRIALS = [name for name in SCHEMAS["trials"].names if name not in _LEFT_OUT]
@@ -189,11 +189,9 @@ def _group(
 ) -> GroupTable:
     first, group = trials.iloc[0], str(trials["group"].iloc[0])
     plan = plans[-1] if plans else Plan(group=group, trials=[])
-    axes = [
-        p.point
-        for place, p in enumerate(plans)
-        if p.point and p.point not in [q.point for q in plans[:place]]
-    ]
+    axes: list[dict[str, Any]] = []
+    for point in (each.point for each in plans if each.point):
+        axes += [point] if point not in axes else []
     experiment = json.loads(first["experiment"])
     synthetic = bool(experiment["data"].get("synthetic"))
     margin = MARGIN if plan.margin is None else plan.margin

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.config import MARGIN
 from harness.report.methods import MethodRow
 from harness.report.words import counted
 from harness.statistics import FEWEST
@@ -26,7 +27,11 @@ def notes(
     return [
         *(["Trained on noise: the metric means nothing."] if synthetic else []),
         *_compared(rows),
-        *([] if stated else ["The suite's margin is not known here; 0.5 points are assumed."]),
+        *(
+            []
+            if stated
+            else [f"The suite's margin is not known here; {MARGIN:g} points are assumed."]
+        ),
         f"Code: {', '.join(commits(trials))}.",
         *versions(trials),
         *(
@@ -64,7 +69,7 @@ def _compared(rows: list[MethodRow]) -> list[str]:
 def commits(trials: pd.DataFrame) -> list[str]:
     """Where the code of these trials comes from; of several commits, with how many trials each."""
     pairs = zip(trials["git_sha"], trials["git_dirty"], strict=True)
-    counts = Counter((_sha(sha), bool(dirty == True)) for sha, dirty in pairs)  # noqa: E712 — or null
+    counts = Counter((_sha(sha), not pd.isna(dirty) and bool(dirty)) for sha, dirty in pairs)
     return [
         f"{sha[:7]}{' with uncommitted changes' if dirty else ''}{f' ({n})' * (len(counts) > 1)}"
         for (sha, dirty), n in counts.items()

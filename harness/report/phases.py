@@ -39,11 +39,8 @@ def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
     """Between drops of the learning rate to half or less, or thirds of any other schedule."""
     if done.empty:
         return []
-    mine = epochs.merge(done[["trial", "label"]], on="trial")
-    mine = mine.assign(
-        frozen=mine["frozen_neurons"] / mine["total_neurons"],
-        spent=mine["backward_flops_executed"] + mine["overhead_flops"],
-    )
+    mine = labelled(done, epochs)
+    mine = mine.assign(spent=mine["backward_flops_executed"] + mine["overhead_flops"])
     columns = ["lr", "test_metric", "frozen", "spent", "backward_flops_dense"]
     by_epoch = mine.groupby(["label", "epoch"])[columns]
     curves = by_epoch.mean().where(by_epoch.count().eq(by_epoch.size(), axis=0))
@@ -55,6 +52,12 @@ def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
         before = {row.label: row.metric for row in rows}
         found.append(Phase(first=first, last=last, lr=float(lr.iloc[first]), methods=rows))
     return found
+
+
+def labelled(done: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
+    """The epochs of finished trials, with the label of the method and the share that is frozen."""
+    mine = epochs.merge(done[["trial", "label"]], on="trial")
+    return mine.assign(frozen=mine["frozen_neurons"] / mine["total_neurons"])
 
 
 def _bounds(lr: list[float]) -> list[tuple[int, int]]:

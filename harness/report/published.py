@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from harness.config import Published, PublishedValue
-from harness.report.words import said
+from harness.report.words import points, said
 from harness.statistics import FEWEST, Interval, from_summary
 
 EXACT = 1e-9  # what rounding may add to a difference that is none
@@ -43,10 +43,9 @@ class Comparison:
 
 
 def against_published(
-    stated: dict[str, Any], done: pd.DataFrame, trials: pd.DataFrame, margin: float
+    published: Published, done: pd.DataFrame, trials: pd.DataFrame, margin: float
 ) -> list[Comparison]:
     """All figures of which the suite says that they were published, beside what was run."""
-    published = Published.model_validate(stated)
     first = trials.iloc[0]
     mine = json.loads(first["experiment"]) | {"data name": first["data"]}
     return [
@@ -164,5 +163,7 @@ def _judged(value: PublishedValue, values: list[float], width: float) -> tuple[s
 
 def _by(value: PublishedValue, found: Interval) -> str:
     scale, unit = (100.0, " points") if value.what in ("metric", "frozen") else (1e-6, " MFLOPs")
-    ends = [f"{scale * end:+.2f}" for end in (found.mean, found.low or 0.0, found.high or 0.0)]
-    return f"by {ends[0]}{unit}, between {ends[1]} and {ends[2]}".replace("-", "−")
+    mean, low, high = (
+        points(None if e is None else scale * e) for e in (found.mean, found.low, found.high)
+    )
+    return f"by {mean}{unit}, between {low} and {high}"

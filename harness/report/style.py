@@ -97,12 +97,7 @@ class Picture:
         text = text[text.index("<svg") :].replace(INK, "currentColor")
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
         text = re.sub(r'(href="|url\()#', rf"\1#{self.name}-", text)
-        return re.sub(
-            r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"',
-            r"<svg \1",
-            text,
-            count=1,
-        )
+        return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", text, count=1)
 
 
 @dataclass(frozen=True, slots=True)

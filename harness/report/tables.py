@@ -3,6 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
+TONES = dict.fromkeys(("keeps", "agrees", "less", "better"), "good")
+TONES |= dict.fromkeys(("loses", "differs", "more", "worse"), "bad")
+TONES |= dict.fromkeys(("undecided", "unclear"), "unclear")
+
 
 @dataclass(frozen=True, slots=True)
 class Column:

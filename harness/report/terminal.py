@@ -37,9 +37,10 @@ def show_table(table: Table, console: Console) -> None:
     """The table under its title, its notes below."""
     shown = [p for p, c in enumerate(table.columns) if console.width >= WIDE or not c.wide]
     grid = Grid(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    units = any(column.unit for column in table.columns)
     for place in shown:
         column = table.columns[place]
-        title = f"{column.title}\n{column.unit}" if _units(table) else column.title
+        title = f"{column.title}\n{column.unit}" if units else column.title
         longest = max((len(row[place].text) for row in table.rows), default=0)
         grid.add_column(
             title,
@@ -61,10 +62,6 @@ def show_table(table: Table, console: Console) -> None:
     hidden = dict.fromkeys(c.title for c in table.columns if c.wide and console.width < WIDE)
     if hidden:
         say(f"From {WIDE} columns on, also: {', '.join(hidden)}.", console, style="dim")
-
-
-def _units(table: Table) -> bool:
-    return any(column.unit for column in table.columns)
 
 
 def say(text: str, console: Console, style: str = "") -> None:

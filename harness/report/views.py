@@ -9,7 +9,7 @@ from harness.report.methods import MethodRow
 from harness.report.model import GroupTable
 from harness.report.phases import Phase, PhaseRow
 from harness.report.published import Comparison
-from harness.report.tables import Cell, Column, Table
+from harness.report.tables import TONES, Cell, Column, Table
 from harness.report.words import (
     NONE,
     flops,
@@ -49,7 +49,6 @@ PUBLISHED = (
     "agrees: the 95 % interval of the difference holds zero and is within the margin (of FLOPs and "
     "shares: a tenth); differs: it leaves zero out."
 )
-TONES = {"keeps": "good", "loses": "bad", "undecided": "unclear"}
 CERTAINTY = {
     "paper": "",
     "runs": " ᵃ",
@@ -121,15 +120,17 @@ def savings(table: GroupTable) -> Table:
     """What was saved, by which count, and what the clock says."""
     unit, scale = flops_unit(table.dense)
     mark = "*" if table.timing_shared else ""
-    optional: list[tuple[Column, Callable[[MethodRow], Cell]]] = [
-        (Column("memory", "MiB", wide=True), lambda r: _scaled(r.memory_bytes, 2**20)),
-        (Column("memory", "× base", wide=True), lambda r: _times(r.memory_ratio)),
-        (Column("energy", "kJ", wide=True), lambda r: _scaled(r.energy_joules, 1e3)),
-        (Column("energy", "× base", wide=True), lambda r: _times(r.energy_ratio)),
-    ]
-    has = [any(r.memory_bytes is not None for r in table.methods)] * 2
-    has += [any(r.energy_joules is not None for r in table.methods)] * 2
-    optional = [column for column, there in zip(optional, has, strict=True) if there]
+    optional: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
+    if any(row.memory_bytes is not None for row in table.methods):
+        optional += [
+            (Column("memory", "MiB", wide=True), lambda r: _scaled(r.memory_bytes, 2**20)),
+            (Column("memory", "× base", wide=True), lambda r: _times(r.memory_ratio)),
+        ]
+    if any(row.energy_joules is not None for row in table.methods):
+        optional += [
+            (Column("energy", "kJ", wide=True), lambda r: _scaled(r.energy_joules, 1e3)),
+            (Column("energy", "× base", wide=True), lambda r: _times(r.energy_ratio)),
+        ]
     rows = [
         [
             Cell(row.label),
@@ -179,7 +180,7 @@ def _ratio(row: MethodRow, *, shared: bool) -> Cell:
         if row.seconds_ratio_low is None
         else (f" [{row.seconds_ratio_low:.2f}, {row.seconds_ratio_high:.2f}]")
     )
-    tone = {"less": "good", "more": "bad", "unclear": "unclear"}.get(row.seconds_verdict or "", "")
+    tone = TONES.get(row.seconds_verdict or "", "")
     return Cell(f"{row.seconds_ratio:.2f}{within}", row.seconds_ratio, tone)
 
 
@@ -189,7 +190,7 @@ def phases(table: GroupTable) -> Table:
     columns += [Column(_epochs(p), f"lr {p.lr:.2g}") for p in table.phases]
     rows = []
     for row in filter(lambda row: row.n, table.methods):
-        parts = [phase.methods[_at(phase, row.label)] for phase in table.phases]
+        parts = [_at(phase, row.label) for phase in table.phases]
         rows.append([Cell(row.label), Cell(table.metric), *map(_reached, parts)])
         saved = [Cell(signed(part.share, 1), part.share) for part in parts]
         if not row.plain:
@@ -203,8 +204,8 @@ def phases(table: GroupTable) -> Table:
     )
 
 
-def _at(phase: Phase, label: str) -> int:
-    return next(place for place, row in enumerate(phase.methods) if row.label == label)
+def _at(phase: Phase, label: str) -> PhaseRow:
+    return next(row for row in phase.methods if row.label == label)
 
 
 def _reached(part: PhaseRow) -> Cell:
@@ -330,7 +331,7 @@ def _comparison(found: Comparison, metric: str, whys: list[str]) -> list[Cell]:
     if found.epochs is not None:
         what += f", epochs {found.epochs[0]}–{found.epochs[1]}"
     why = f" {_raised(whys.index(found.why) + 1)}" if found.why else ""
-    tone = {"agrees": "good", "differs": "bad", "undecided": "unclear"}.get(found.verdict, "")
+    tone = TONES.get(found.verdict, "")
     published = _figure(found.what, found.published, found.published_std)
     return [
         Cell(found.method),

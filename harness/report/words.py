@@ -44,8 +44,14 @@ def signed_interval(low: float | None, high: float | None) -> str:
 
 def signed(value: float | None, digits: int = 2) -> str:
     """A difference of shares, in points."""
-    known = value is not None and math.isfinite(value)
-    return f"{100 * value:+.{digits}f}".replace("-", "−") if known and value is not None else NONE
+    return points(None if value is None else 100 * value, digits)
+
+
+def points(value: float | None, digits: int = 2) -> str:
+    """A difference as it is, with its sign."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def percent(value: float) -> str:
