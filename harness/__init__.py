@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.results import Results, load_results
+    from harness.storage.frames import Results, load_results
 
 __all__ = ["Results", "load_results"]
 
@@ -11,7 +11,7 @@ __all__ = ["Results", "load_results"]
 def __getattr__(name: str) -> Any:
     """Imported when asked for: `neqbench --help` needs no pandas."""
     if name in __all__:
-        from harness import results
+        from harness.storage import frames
 
-        return getattr(results, name)
+        return getattr(frames, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

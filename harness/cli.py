@@ -76,7 +76,7 @@ def _help(context: typer.Context) -> None:
 @app.command()
 def suites(format: Format = "rich") -> None:
     """List the suites that can be run."""
-    from harness.suites import builtin, experiments
+    from harness.suite.files import builtin, experiments
 
     found = [experiments(name)[0] for name in builtin()]
     if format == "json":
@@ -106,8 +106,8 @@ def plan(
     format: Format = "rich",
 ) -> None:
     """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
-    from harness.grid import named
-    from harness.plan import specs, states
+    from harness.run.trials import specs, states
+    from harness.suite.sweep import named
 
     gc.disable()  # a tenth of the time: there is nothing to collect
     trials = specs(suite, settings or (), methods, seeds, synthetic=synthetic)
@@ -155,8 +155,8 @@ def run(
     retry_failed: RetryFailed = False,
 ) -> None:
     """Run what is not done yet, then print the report. The same command resumes."""
-    from harness.run import Wanted
-    from harness.run import run as run_suite
+    from harness.commands.run import Wanted
+    from harness.commands.run import run as run_suite
 
     wanted = Wanted(
         suite=suite,
@@ -177,7 +177,7 @@ def run(
 @app.command()
 def prepare(suite: SuiteName, settings: Settings = None) -> None:
     """Fetch or check a suite's data: layout, counts, and whether samples decode."""
-    from harness.prepare import prepare as fetch
+    from harness.commands.prepare import prepare as fetch
 
     fetch(suite, settings or (), console())
 
@@ -190,12 +190,12 @@ def doctor(
     address: Address = None,
 ) -> None:
     """Say what this machine lacks, or what a suite of one's own gets wrong."""
-    from harness.machine import machine, show
+    from harness.commands.doctor_machine import machine, show
 
     wrong = False
     findings = machine(results, address)
     if suite is not None:
-        from harness.doctor import doctor as examine
+        from harness.commands.doctor_suite import doctor as examine
 
         findings = examine(suite, settings or [])
     for finding in findings:
@@ -215,8 +215,8 @@ def status(
     format: Format = "rich",
 ) -> None:
     """Show what became of every trial, from the results alone; from any machine that sees them."""
-    from harness import status as module
-    from harness.storage import Store, stores
+    from harness.commands import status as module
+    from harness.storage.store import Store, stores
 
     def find() -> list[Store]:
         return stores(what or results, results)
@@ -243,8 +243,8 @@ def submit(
     retry_failed: RetryFailed = False,
 ) -> None:
     """Run a suite as a job on a Ray cluster. Submitted again, it goes on where it stopped."""
-    from harness.submit import Job
-    from harness.submit import submit as send
+    from harness.commands.submit import Job
+    from harness.commands.submit import submit as send
 
     job = Job(
         suite=suite,
@@ -276,7 +276,7 @@ def report(
     """Compare the methods of stored runs with the baseline."""
     from harness.report.forms import render
     from harness.report.model import load
-    from harness.results import found
+    from harness.storage.frames import found
 
     gc.disable()  # a tenth of the time: there is nothing to collect
     for path in render(load(found(what, results)), format, console(), figures):
@@ -298,7 +298,7 @@ def compare(
     from harness.report.changes import show
     from harness.report.compare import compare as compared
     from harness.report.gates import gates
-    from harness.storage import stores
+    from harness.storage.store import stores
 
     bounds = gates(fail_on or [])
     found = compared(stores(a, results), stores(b, results), bounds)
@@ -324,7 +324,8 @@ def flops(
     format: Format = "rich",
 ) -> None:
     """Count a model's forward and backward FLOPs per sample."""
-    from harness.count import count, show, subject
+    from harness.commands.flops import count, show
+    from harness.flops.subject import subject
 
     counted = count(subject(suite, settings or (), model, input), frozen, seed, verify)
     if format == "json":
@@ -352,9 +353,9 @@ def speed(
     format: Format = "rich",
 ) -> None:
     """Time steps with frozen neurons against dense ones, on this machine."""
-    from harness.count import subject
-    from harness.speed import shares, show
-    from harness.speed import speed as measure
+    from harness.commands.speed import shares, show
+    from harness.commands.speed import speed as measure
+    from harness.flops.subject import subject
 
     wanted = shares(frozen)
     with progress() as shown:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from textwrap import fill
 from typing import Any
 
 
@@ -49,6 +50,13 @@ def write(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         _nobody_reads()
+
+
+def say(text: str, console: Any, style: str = "") -> None:
+    """`text`, filled to the console's width."""
+    from rich.text import Text
+
+    console.print(Text(fill(text, console.width, break_on_hyphens=False), style=style))
 
 
 def _nobody_reads() -> None:

@@ -1,6 +1,7 @@
 """What a model is trained for: its loss and its metric. The trial's loop knows no more of it."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.errors import UserError
+from harness.suite.config import Suite
+from harness.suite.parts import build
 from harness.vision import torchvision
 
 
@@ -51,6 +54,16 @@ class Task(ABC):
 
     def check(self, outputs: Any, targets: Tensor) -> None:  # noqa: B027 — for those who want it
         """Raises UserError where targets and outputs of a batch don't fit together."""
+
+
+def build_task(suite: Suite, folder: Path | str) -> Task:
+    """The suite's task; raises UserError where it names none."""
+    task = build(suite.task, folder, suite.task_arguments)
+    if not isinstance(task, Task):
+        raise UserError(f"{suite.task!r} returned {type(task).__name__}, not a harness.tasks.Task")
+    if not isinstance(getattr(task, "metric", None), str):
+        raise UserError(f"{suite.task!r} has no metric: name what its meter measures")
+    return task
 
 
 class Classification(Task):

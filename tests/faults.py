@@ -26,8 +26,8 @@ import pandas as pd
 import torch
 from trials import same
 
-from harness import leases
-from harness.places import place
+from harness.storage import leases
+from harness.storage.locations import place
 
 METHODS = "baseline,neq,neq-cut,random,smallest_velocity,freeze_after"
 MEASURED = {"peak_memory_bytes", "energy_joules"}

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.verify import Rules
+from harness.flops.oracle import Rules
 
 BATCH = 2
 

@@ -5,8 +5,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from harness import batches
-from harness.config import Recipe, Resources
+from harness.data import dataset
+from harness.suite.config import Recipe, Resources
 
 
 def recipe(batch_size, forward_batch=None):
@@ -25,11 +25,11 @@ def cut(count, made, world):
     found = []
     for rank in range(world):
         with (
-            patch.object(batches, "rank", lambda rank=rank: rank),
-            patch.object(batches, "workers", lambda: world),
+            patch.object(dataset, "rank", lambda rank=rank: rank),
+            patch.object(dataset, "workers", lambda: world),
         ):
-            found.append(list(batches.shares(count, made)))
-            used = batches.used(count, made)
+            found.append(list(dataset.shares(count, made)))
+            used = dataset.used(count, made)
     return found, used
 
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from trials import SMALL, assert_same_results, run
 
-from harness import plan
-from harness.check import check
+from harness.run.preflight import check
+from harness.run.trials import specs
 
 NEQBENCH = Path(sys.executable).parent / "neqbench"
 
@@ -108,7 +108,7 @@ def test_counted_is_executed(neqbench, what):
 
 
 def test_a_count_that_is_not_executed_is_exit_1(neqbench, monkeypatch):
-    monkeypatch.setattr("harness.count.counted_by_torch", lambda *_: [5, 7])
+    monkeypatch.setattr("harness.commands.flops.counted_by_torch", lambda *_: [5, 7])
     done = neqbench("flops", "digits", "--verify", "--format", "json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["verify"]["measured"] == 5
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, number):
         assert err.count("\n") == 1
         return  # resuming is the same as after a kill
     assert 1 <= len(pd.read_parquet(tmp_path / "killed" / "digits" / "epochs")) < 20
-    (spec,) = plan.specs("digits", settings, "neq", "0")
+    (spec,) = specs("digits", settings, "neq", "0")
     tuning = "digits/tuning"  # measured by the run that was killed
     shutil.copytree(tmp_path / "killed" / tuning, tmp_path / "through" / tuning)
     run(spec, tmp_path / "killed")
@@ -292,7 +292,7 @@ def test_the_readme_s_sweeps_can_be_run():
     for line in lines:
         _, _, suite, *words = shlex.split(line)
         settings = [word for word in words if "=" in word]
-        trials = plan.specs(suite, settings, "baseline,neq", "0")
+        trials = specs(suite, settings, "baseline,neq", "0")
         for group in trials.groups():
             check(group)
         counts.append([len(group) for group in trials.groups()])
@@ -305,7 +305,7 @@ def test_the_readme_s_synthetic_lines_can_be_run():
     for line in lines:
         _, _, suite, *words = shlex.split(line)
         settings = [word for word in words if "=" in word]
-        trials = plan.specs(suite, settings, seeds="0", synthetic=True)
+        trials = specs(suite, settings, seeds="0", synthetic=True)
         check(trials)
         assert {trial.data_name for trial in trials} == {"synthetic"}
 

@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from harness import suites
 from harness.cli import app
+from harness.suite import files
 
 HERE = Path(__file__).parents[1]
 CLUSTER = HERE / "cluster"
@@ -76,7 +76,7 @@ def test_their_commands_are_commands(rayjob, ray_up):
         assert verb in names
         settings = [b for a, b in pairwise(options) if a == "--set"]
         assert set(options[::2]) <= {"--set", "--results"}
-        suites.load(suite, settings)
+        files.load(suite, settings)
 
 
 def test_versions_are_those_that_are_tested(rayjob, ray_up):
@@ -91,7 +91,7 @@ def test_extras_that_are_named_exist():
     extras = tomllib.loads((HERE / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    files = [*CLUSTER.iterdir(), *HERE.glob("*.md"), *HERE.glob("harness/*.py")]
+    files = [*CLUSTER.iterdir(), *HERE.glob("*.md"), *HERE.glob("harness/**/*.py")]
     named = [
         name for f in files for name in re.findall(r"(?:neqbench|\.)\[([a-z,]+)\]", f.read_text())
     ]

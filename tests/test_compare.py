@@ -7,10 +7,10 @@ import pytest
 from scipy import stats
 from trials import SMALL, altered, ask, run, small
 
-from harness import plan
 from harness.errors import UserError
 from harness.report.gates import gates
-from harness.storage import Store
+from harness.run.trials import specs
+from harness.storage.store import Store
 
 SETTINGS = [*SMALL, "recipe.epochs=2"]
 
@@ -18,7 +18,7 @@ SETTINGS = [*SMALL, "recipe.epochs=2"]
 @pytest.fixture(scope="module")
 def a(tmp_path_factory):
     root = tmp_path_factory.mktemp("a")
-    trials = plan.specs("digits", SETTINGS, "baseline,neq", "0-2")
+    trials = specs("digits", SETTINGS, "baseline,neq", "0-2")
     for spec in trials:
         run(spec, root)
     ask(Store(root, "digits"), trials)
@@ -132,8 +132,8 @@ def test_what_is_not_comparable(neqbench, a, tmp_path):
 
 
 def test_other_code_and_other_data_are_named(neqbench, a, b, monkeypatch):
-    monkeypatch.setattr("harness.config.NUMERICS", 99)
-    (spec,) = plan.specs("digits", SETTINGS, "neq", "0")
+    monkeypatch.setattr("harness.suite.config.NUMERICS", 99)
+    (spec,) = specs("digits", SETTINGS, "neq", "0")
     shutil.rmtree(b)
     run(spec, b)
     _, value = found(neqbench, a, b)

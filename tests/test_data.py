@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import suites
-from harness.config import Data, Recipe
-from harness.data import Images, Split, crop
+from harness.data.memory import Images, Split, crop
 from harness.errors import UserError
+from harness.suite import files, parts
+from harness.suite.config import Data, Recipe
 from suites.cifar10.data import BINARIES, load
 
 REAL = Path(__file__).parents[2] / "shared/data/cifar10"
@@ -136,8 +136,8 @@ def brighter(indices):
 def test_digits_are_scikit_learn_s():
     from sklearn.datasets import load_digits
 
-    suite, folder = suites.load("digits")
-    digits = suites.part(suite.data.load, folder)(suite.data)
+    suite, folder = files.load("digits")
+    digits = parts.part(suite.data.load, folder)(suite.data)
     bunch = load_digits()
     counts = numpy.bincount(bunch.target)
     labels = torch.cat([digits.train.labels, digits.test.labels])

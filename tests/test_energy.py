@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.energy import Energy
+from harness.train.energy import Energy
 
 GPU = torch.device("cuda", 0)
 

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from trials import assert_same_results, keep_tuning, small
 
-from harness import suites
 from harness.errors import UserError
-from harness.events import Started
-from harness.executors import Inline, Ray
-from harness.records import EpochRecord
-from harness.rows import Failure
-from harness.storage import Store
+from harness.run.events import Started
+from harness.run.executors import Inline, Ray
+from harness.storage.recorder import Failure
+from harness.storage.schema import EpochRecord
+from harness.storage.store import Store
+from harness.suite import files
 
 pytestmark = [
     # Ray's own: sockets and files that it leaves to the interpreter's exit.
@@ -30,16 +30,16 @@ import os
 from pathlib import Path
 
 import torch
-from harness import suites
-from harness.streams import derive
+from harness.suite import files
+from harness.seeds import derive
 from suites.resnet import resnet8
 
 HERE = Path(__file__).parent
 
 def load(options):
     (HERE / "pid").write_text(str(os.getpid()))
-    suite, folder = suites.load("digits")
-    return suites.part("data:load", folder)(options)
+    suite, folder = files.load("digits")
+    return parts.part("data:load", folder)(options)
 
 class Breaking(torch.nn.Module):
     def __init__(self):
@@ -69,7 +69,7 @@ def remains_of_a_cluster():
 @pytest.fixture
 def own_suite(tmp_path):
     folder = tmp_path / "own"
-    shutil.copytree(suites.builtin()["digits"].parent, folder)
+    shutil.copytree(files.builtin()["digits"].parent, folder)
     (folder / "data.py").unlink()
     (folder / "parts.py").write_text(PARTS)
     text = (folder / "suite.toml").read_text()

@@ -18,10 +18,11 @@ import pandas as pd
 import pytest
 from trials import SMALL, assert_same_results, heed_ctrl_c, keep_tuning, results, run, same, small
 
-from harness import leases, suites
-from harness.executors import Inline, Ray
-from harness.rows import Failure
-from harness.storage import Store
+from harness.run.executors import Inline, Ray
+from harness.storage import leases
+from harness.storage.recorder import Failure
+from harness.storage.store import Store
+from harness.suite import files
 
 HERE = Path(__file__).parents[1]
 pytestmark = [
@@ -187,12 +188,12 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path):
 HANG = """
 import time
 import torch
-from harness import suites
+from harness.suite import files
 from suites.resnet import resnet8
 
 def load(options):
-    suite, folder = suites.load("digits")
-    return suites.part("data:load", folder)(options)
+    suite, folder = files.load("digits")
+    return parts.part("data:load", folder)(options)
 
 class Model(torch.nn.Module):
     def __init__(self):
@@ -211,7 +212,7 @@ class Model(torch.nn.Module):
 def troubled(tmp_path):
     def make(trouble):
         folder = tmp_path / "own"
-        shutil.copytree(suites.builtin()["digits"].parent, folder)
+        shutil.copytree(files.builtin()["digits"].parent, folder)
         (folder / "data.py").unlink()
         (folder / "parts.py").write_text(HANG.replace("TROUBLE", trouble))
         text = (folder / "suite.toml").read_text()
@@ -251,7 +252,7 @@ def test_memory_that_the_machine_does_not_have(tmp_path, troubled):
 OOM = """
 import sys
 sys.path.insert(0, "tests")
-from harness.executors import Ray
+from harness.run.executors import Ray
 from trials import small
 events = [event for _, event in Ray().run([small("neq", suite=sys.argv[1])], sys.argv[2])]
 print(events[-2].reason)
@@ -276,12 +277,12 @@ HEAD = """
 import sys
 sys.path.insert(0, "tests")
 import ray, psutil
-from harness import cluster
+from harness.run import ray_cluster
 from harness.errors import UserError
-from harness.executors import Ray
-from harness.records import EpochRecord
+from harness.run.executors import Ray
+from harness.storage.schema import EpochRecord
 from trials import small
-cluster.KNOCK, cluster.GONE = 1, 3
+ray_cluster.KNOCK, ray_cluster.GONE = 1, 3
 killed = False
 try:
     for _, event in Ray().run([small("neq", "recipe.epochs=2000")], sys.argv[1]):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 import neq
-from harness import suites
-from harness.flops import measure
+from harness.flops.costs import measure
+from harness.suite import files
 from suites.resnet import resnet8, resnet32
 
 # The four set-ups of the paper: dense backward FLOPs by its convention.
@@ -33,9 +33,9 @@ def freeze_layers(model, costs, chosen):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_models(name):
-    suite, folder = suites.load(name)
+    suite, folder = files.load(name)
     parts = suite.model
-    model, shape = suites.build_model(parts.build, folder, parts.arguments), parts.input
+    model, shape = parts.build_model(parts.build, folder, parts.arguments), parts.input
     costs = measure(model, shape, parts.unpublished)
     nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
     assert costs.backward(nothing).paper == PUBLISHED[name]

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from trials import percent, small
 
-from harness.records import QUANTILES
 from harness.report import compare, forms, model
 from harness.report.figures import pictures
 from harness.report.layers import _mixed
@@ -22,7 +21,8 @@ from harness.report.page import page
 from harness.report.phases import Phase, PhaseRow
 from harness.report.published import Comparison
 from harness.report.sections import sections
-from harness.storage import stores
+from harness.storage.schema import QUANTILES
+from harness.storage.store import stores
 
 
 @pytest.fixture(scope="module")

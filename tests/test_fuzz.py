@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from trials import SMALL, ask, run, small
 
-from harness import plan
-from harness.storage import Store
+from harness.run.trials import specs
+from harness.storage.store import Store
 
 SUITE = """
 title = "Fuzzed"
@@ -141,7 +141,7 @@ def results(tmp_path_factory):
     for method in ("baseline", "neq"):
         run(small(method), root)
     run(small("random"), root, epochs=2)
-    trials = plan.specs("digits", SMALL, "baseline,neq,random", "0-1")
+    trials = specs("digits", SMALL, "baseline,neq,random", "0-1")
     store = Store(root, "digits")
     ask(store, trials)
     return root

@@ -11,10 +11,10 @@ from contextlib import suppress
 import pytest
 import torch
 
-from harness import leases
-from harness.leases import Claim, Lease, Lost, Watch
-from harness.places import place
-from harness.storage import Owner, Store
+from harness.storage import leases
+from harness.storage.leases import Claim, Lease, Lost, Watch
+from harness.storage.locations import place
+from harness.storage.store import Owner, Store
 
 ME, YOU = Claim("me", None), Claim("you", None)
 
@@ -69,8 +69,8 @@ def test_it_is_renewed(spot, monkeypatch):
 
 HOLD = """
 import sys, time
-from harness.leases import Claim, Lease
-from harness.places import place
+from harness.storage.leases import Claim, Lease
+from harness.storage.locations import place
 with Lease.acquire(place(sys.argv[1]), "trial", Claim("you", None)):
     print("held", flush=True)
     time.sleep(600)

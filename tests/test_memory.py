@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import neq
-from harness.flops import measure
+from harness.flops.costs import measure
 from neq import equilibrium
 from neq.equilibrium import phi, snapshot
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from harness.config import Recipe
 from harness.errors import UserError
-from harness.optimizers import build_optimizer
+from harness.suite.config import Recipe
+from harness.train.optimizers import build_optimizer
 
 NOWHERE = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}

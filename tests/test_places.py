@@ -10,7 +10,7 @@ import pyarrow.fs
 import pytest
 
 from harness.errors import UserError
-from harness.places import Bucket, Folder, StorageError, place
+from harness.storage.locations import Bucket, Folder, StorageError, place
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -47,7 +47,7 @@ def test_of_many_who_create_a_file_one_does(spot):
 
 
 def test_of_many_processes_one_does(tmp_path):
-    code = f"from harness.places import place; print(place({str(tmp_path)!r}).create('x', b'y'))"
+    code = f"from harness.storage.locations import place; print(place({str(tmp_path)!r}).create('x', b'y'))"
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(6)
     ]

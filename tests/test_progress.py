@@ -5,9 +5,9 @@ import pytest
 from rich.console import Console
 from trials import run, small
 
-from harness.events import Started
-from harness.progress import Progress
-from harness.rows import Failure
+from harness.commands.progress import Progress
+from harness.run.events import Started
+from harness.storage.recorder import Failure
 
 
 @pytest.fixture(scope="module")

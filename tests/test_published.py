@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from trials import ask, run
 
-from harness import plan, suites
-from harness.config import Published
 from harness.report.model import load
 from harness.report.published import against_published
-from harness.storage import Store
+from harness.run.trials import specs
+from harness.storage.store import Store
+from harness.suite import files
+from harness.suite.config import Published
 
 CONDITIONS = {
     "data": "CIFAR-10",
@@ -146,7 +147,7 @@ RUNS = {
 
 @pytest.mark.parametrize(("name", "method"), RUNS)
 def test_the_suites_carry_what_was_published(name, method):
-    published = suites.load(name)[0].published
+    published = files.load(name)[0].published
     figures = {v.what: v for v in published.values if method in v.methods}
     runs = RUNS[name, method]
     assert figures["metric"].value == pytest.approx(numpy.mean(runs), abs=1e-6)
@@ -165,7 +166,7 @@ DENSE = {
 
 @pytest.mark.parametrize("name", DENSE)
 def test_the_dense_counts(name):
-    (figure,) = [v for v in suites.load(name)[0].published.values if v.what == "paper_dense"]
+    (figure,) = [v for v in files.load(name)[0].published.values if v.what == "paper_dense"]
     assert (figure.value, figure.certainty) == (DENSE[name], "paper")
 
 
@@ -177,10 +178,10 @@ NAMES = {
 VALUES = dict.fromkeys(("value", "paper", "paper_dense", "frozen"), 1.0) | {"paper_curve": [1.0]}
 
 
-@pytest.mark.parametrize("name", [n for n in suites.builtin() if "digits" not in n])
+@pytest.mark.parametrize("name", [n for n in files.builtin() if "digits" not in n])
 def test_a_suite_meets_the_conditions_of_what_it_carries(name):
     compared = 0
-    for suite in suites.experiments(name)[0]:
+    for suite in files.experiments(name)[0]:
         trials = pd.DataFrame([{"experiment": json.dumps(suite.experiment()), "data": ""}])
         done = pd.DataFrame(
             [
@@ -203,7 +204,7 @@ def test_the_report_holds_the_paper_against_a_run_of_noise(tmp_path, neqbench):
         "recipe.epochs=1", "data.train_size=60", "data.validation_size=10",
         "recipe.batch_size=50", "recipe.precision=float32", "resources={cpus=1, gpus=0}",
     ]  # fmt: skip
-    trials = plan.specs("cifar10", settings, "baseline,neq", "0", synthetic=True)
+    trials = specs("cifar10", settings, "baseline,neq", "0", synthetic=True)
     for spec in trials:
         run(spec, tmp_path)
     ask(Store(tmp_path, "cifar10"), trials)

@@ -11,12 +11,13 @@ import pytest
 from scipy import stats
 from trials import percent, render, row_of, run, small
 
-from harness import load_results, plan
+from harness import load_results
 from harness.errors import UserError
 from harness.report import model
 from harness.report.phases import _bounds
-from harness.results import found
-from harness.storage import Store, stores
+from harness.run.trials import states
+from harness.storage.frames import found
+from harness.storage.store import Store, stores
 
 FLOPS = ("dense", "paper", "required", "executed")
 
@@ -56,11 +57,11 @@ def test_a_trial_whose_rows_were_lost_is_run_again(two_eps, tmp_path):
     (table,) = model.load([Store(tmp_path, "digits")]).groups
     assert table.methods[0].n == 1
     assert "plain seed 0: its rows of epochs are not whole" in table.unfinished[0]
-    assert plan.states([spec], str(tmp_path))[0].state == "partial"
+    assert states([spec], str(tmp_path))[0].state == "partial"
     run(spec, tmp_path)
     (table,) = model.load([Store(tmp_path, "digits")]).groups
     assert table.methods[0].n == 2
-    assert plan.states([spec], str(tmp_path))[0].state == "done"
+    assert states([spec], str(tmp_path))[0].state == "done"
 
 
 @pytest.fixture(scope="module")

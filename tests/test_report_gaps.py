@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from trials import SMALL, altered, ask, render, row_of, run, small
 
-from harness import plan
 from harness.report import model
-from harness.results import found
-from harness.storage import Store
+from harness.run.trials import specs
+from harness.storage.frames import found
+from harness.storage.store import Store
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Baseline, neq and random over four seeds each, and what was asked for."""
     root = tmp_path_factory.mktemp("four")
-    trials = plan.specs("digits", [*SMALL, "recipe.epochs=2"], "baseline,neq,random", "0-3")
+    trials = specs("digits", [*SMALL, "recipe.epochs=2"], "baseline,neq,random", "0-3")
     for spec in trials:
         run(spec, root)
     ask(Store(root, "digits"), trials)
@@ -53,7 +53,7 @@ def test_a_verdict_by_the_suites_margin(four, tmp_path):
     text = " ".join(render([table], 80).split())
     assert "neq keeps the baseline's accuracy to within 0.5 points" in text
     assert "A small sample: intervals rest on 4 seeds (3 degrees of freedom)." in table.notes
-    strict = plan.specs(
+    strict = specs(
         "digits", [*SMALL, "recipe.epochs=2", "margin=0.1"], "baseline,neq,random", "0-3"
     )
     ask(Store(root, "digits"), strict)
@@ -122,7 +122,7 @@ def test_code_versions_and_noise_are_said(four, tmp_path):
     assert "(11)" in code
     assert any("torch 1.0 | " in note for note in notes)
     noisy = tmp_path / "noise"
-    (spec,) = plan.specs("digits", [*SMALL, "recipe.epochs=1"], "neq", "0", synthetic=True)
+    (spec,) = specs("digits", [*SMALL, "recipe.epochs=1"], "neq", "0", synthetic=True)
     run(spec, noisy)
     assert "Trained on noise: the metric means nothing." in only(noisy).notes
     assert len(model.load(found([str(root), str(noisy)], "results")).groups) == 2
@@ -233,9 +233,7 @@ def test_threads_make_another_device(four, tmp_path):
 
 
 def test_noise_has_no_verdict(tmp_path):
-    trials = plan.specs(
-        "digits", [*SMALL, "recipe.epochs=1"], "baseline,neq", "0-2", synthetic=True
-    )
+    trials = specs("digits", [*SMALL, "recipe.epochs=1"], "baseline,neq", "0-2", synthetic=True)
     for spec in trials:
         run(spec, tmp_path)
     table = only(tmp_path)
@@ -261,7 +259,7 @@ def test_rows_that_make_no_sense_are_one_line(four, tmp_path, neqbench):
 
 def test_a_group_that_is_not_begun_is_said(four, tmp_path, neqbench):
     root = copied(four, tmp_path)
-    later = plan.specs("digits", [*SMALL, "recipe.epochs=9"], "baseline,neq", "0-2")
+    later = specs("digits", [*SMALL, "recipe.epochs=9"], "baseline,neq", "0-2")
     ask(Store(root, "digits"), later)
     report = model.load([Store(root, "digits")])
     assert [g.missing for g in report.not_begun] == [["baseline: seeds 0-2", "neq: seeds 0-2"]]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import samples
-from harness.config import Data, Recipe
+from harness.data import streamed
+from harness.data.streamed import Samples
 from harness.errors import UserError
-from harness.samples import Samples
+from harness.suite.config import Data, Recipe
 
 CPU = torch.device("cpu")
 
@@ -107,8 +107,8 @@ def test_each_sample_is_evaluated_by_one_worker(world):
     seen = []
     for rank in range(world):
         with (
-            patch.object(samples, "rank", lambda rank=rank: rank),
-            patch.object(samples, "workers", lambda: world),
+            patch.object(streamed, "rank", lambda rank=rank: rank),
+            patch.object(streamed, "workers", lambda: world),
         ):
             opened = numbered().open(CPU, 0, recipe(6))
             seen += [int(x[0, 0, 0]) for images, _ in opened.evaluate("test", 2) for x in images]

@@ -10,10 +10,11 @@ from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from harness import plan, suites
-from harness.check import check
-from harness.config import Data, Recipe
 from harness.errors import UserError
+from harness.run.preflight import check
+from harness.run.trials import specs
+from harness.suite import files
+from harness.suite.config import Data, Recipe
 from suites.segmentation import scenes
 from suites.segmentation.data import coco, voc
 from suites.segmentation.transforms import IGNORE, labelled, transforms
@@ -298,11 +299,11 @@ def test_the_suites_read_these_trees(suite, tree, request):
         "recipe.batch_size=2",
         "resources.cpus=1",
     ]
-    trials = plan.specs(suite, settings, "baseline,neq", "0")
+    trials = specs(suite, settings, "baseline,neq", "0")
     check(trials)
     assert trials[0].metric == "mean IoU"
     with pytest.raises(UserError, match="the model has 20 classes, the task 21"):
-        check(plan.specs(suite, [*settings, "model.arguments.classes=20"], "neq", "0"))
+        check(specs(suite, [*settings, "model.arguments.classes=20"], "neq", "0"))
 
 
 def test_scenes_of_digits():
@@ -331,7 +332,7 @@ def test_scenes_of_digits():
 
 
 def test_the_recipes_are_the_paper_s():
-    suite, _ = suites.load("segmentation")
+    suite, _ = files.load("segmentation")
     recipe = suite.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.schedule) == (30, 32, "iteration")
     assert recipe.optimizer.arguments == {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from harness import speed as timing
-from harness.count import subject
-from harness.speed import shares, speed
+from harness.commands import speed as timing
+from harness.commands.speed import shares, speed
+from harness.flops.subject import subject
 
 SMALL = ["--model", "suites.resnet:resnet8", "--input", "1x16x16", "--batch", "4"]
 

@@ -6,8 +6,8 @@ import numpy
 import pytest
 from scipy import stats
 
-from harness import statistics
-from harness.statistics import Interval
+from harness.report import intervals
+from harness.report.intervals import Interval
 
 A = {0: 0.9262, 1: 0.9304, 2: 0.9291, 3: 0.9319, 4: 0.9275}
 B = {0: 0.9270, 1: 0.9287, 2: 0.9321, 3: 0.9304, 4: 0.9301}
@@ -20,19 +20,19 @@ def ends(found):
 
 def test_the_interval_of_a_mean_is_that_of_students_t():
     values = list(A.values())
-    found = statistics.interval(values)
+    found = intervals.interval(values)
     error = stats.sem(values)
     assert stats.t.interval(0.95, 4, loc=numpy.mean(values), scale=error) == ends(found)
     assert found.std == pytest.approx(numpy.std(values, ddof=1))
-    assert statistics.interval([0.5]) == Interval(0.5, None, None, None, 1)
+    assert intervals.interval([0.5]) == Interval(0.5, None, None, None, 1)
 
 
 def test_common_seeds_are_paired():
-    found = statistics.difference(A, B)
+    found = intervals.difference(A, B)
     test = stats.ttest_rel(list(A.values()), list(B.values()))
     assert tuple(test.confidence_interval()) == ends(found)
     assert (found.paired, found.n) == (True, 5)
-    more = statistics.difference(A | {9: 0.1}, B | dict.fromkeys(range(10, 20), 0.2))
+    more = intervals.difference(A | {9: 0.1}, B | dict.fromkeys(range(10, 20), 0.2))
     assert more == found
 
 
@@ -45,33 +45,33 @@ MOVED = [
 
 @pytest.mark.parametrize("moved", MOVED)
 def test_other_seeds_are_compared_by_welch(moved):
-    found = statistics.difference(A, moved)
+    found = intervals.difference(A, moved)
     test = stats.ttest_ind(list(A.values()), list(moved.values()), equal_var=False)
     assert tuple(test.confidence_interval()) == ends(found)
     assert (found.paired, found.n) == (False, min(len(A), len(moved)))
 
 
 def test_ratios_are_compared_by_their_logarithms():
-    found = statistics.ratio(A, B)
+    found = intervals.ratio(A, B)
     logs = [numpy.log(list(side.values())) for side in (A, B)]
     low, high = stats.ttest_rel(*logs).confidence_interval()
     assert (math.exp(low), math.exp(high)) == ends(found)
     assert found.mean == pytest.approx(stats.gmean(numpy.array([*A.values()]) / [*B.values()]))
-    assert statistics.ratio({0: 0.0}, {0: 1.0}) is None
+    assert intervals.ratio({0: 0.0}, {0: 1.0}) is None
 
 
 def test_published_summaries_are_compared_by_welch():
     values = list(A.values())
-    found = statistics.from_summary(values, 0.9296, 0.0021, 4, error=0.0)
+    found = intervals.from_summary(values, 0.9296, 0.0021, 4, error=0.0)
     mine = numpy.mean(values), numpy.std(values, ddof=1), 5
     test = stats.ttest_ind_from_stats(*mine, 0.9296, 0.0021, 4, equal_var=False)
     assert found.mean / ((found.high - found.low) / 2) == pytest.approx(
         test.statistic / stats.t.ppf(0.975, welch(mine[1], 5, 0.0021, 4))
     )
-    wider = statistics.from_summary(values, 0.9296, 0.0021, 4, error=0.001)
+    wider = intervals.from_summary(values, 0.9296, 0.0021, 4, error=0.001)
     assert (wider.low, wider.high) == pytest.approx((found.low - 0.001, found.high + 0.001))
-    unknown = statistics.from_summary(values, 0.9296, None, None, error=0.0)
-    assumed = statistics.from_summary(values, 0.9296, mine[1], 4, error=0.0)
+    unknown = intervals.from_summary(values, 0.9296, None, None, error=0.0)
+    assumed = intervals.from_summary(values, 0.9296, mine[1], 4, error=0.0)
     assert (unknown.low, unknown.high) == pytest.approx((assumed.low, assumed.high))
 
 
@@ -93,8 +93,8 @@ def welch(s1, n1, s2, n2):
     ],
 )
 def test_the_margin_decides(low, high, n, expected):
-    assert statistics.verdict(Interval(-0.2, low, high, 1.0, n), 0.5) == expected
-    assert statistics.verdict(None, 0.5) is None
+    assert intervals.verdict(Interval(-0.2, low, high, 1.0, n), 0.5) == expected
+    assert intervals.verdict(None, 0.5) is None
 
 
 def verdicts(truth, n, paired):
@@ -107,7 +107,7 @@ def verdicts(truth, n, paired):
         method = (seeds if paired else draw.normal(0, 0.2, n)) + draw.normal(93 + truth, 0.2, n)
         a, b = (dict(enumerate(map(float, side))) for side in (method, baseline))
         shifted = a if paired else {100 + seed: value for seed, value in a.items()}
-        found.append(statistics.verdict(statistics.difference(shifted, b), 0.5))
+        found.append(intervals.verdict(intervals.difference(shifted, b), 0.5))
     return found
 
 
@@ -124,29 +124,29 @@ def test_verdicts_are_seldom_wrong(n, paired):
 def test_the_seeds_that_are_needed_are_enough():
     """With as many, four of five experiments of that mean and spread are decided."""
     draw = numpy.random.default_rng(0)
-    found = statistics.interval([-0.35, 0.05, 0.1, -0.1])
-    needed = found.n + statistics.more_seeds(found, 0.35)
+    found = intervals.interval([-0.35, 0.05, 0.1, -0.1])
+    needed = found.n + intervals.more_seeds(found, 0.35)
     samples = draw.normal(found.mean, found.std, (DRAWS, needed))
-    decided = [statistics.verdict(statistics.interval(list(s)), 0.35) == "keeps" for s in samples]
+    decided = [intervals.verdict(intervals.interval(list(s)), 0.35) == "keeps" for s in samples]
     assert 0.75 <= numpy.mean(decided) <= 0.87
     fewer = draw.normal(found.mean, found.std, (DRAWS, needed - 3))
-    less = [statistics.verdict(statistics.interval(list(s)), 0.35) == "keeps" for s in fewer]
+    less = [intervals.verdict(intervals.interval(list(s)), 0.35) == "keeps" for s in fewer]
     assert numpy.mean(less) < 0.8
 
 
 def test_no_number_of_seeds_decides_what_lies_at_the_margin():
-    at = statistics.interval([-0.5, -0.6, -0.4])
-    assert statistics.verdict(at, 0.5) == "undecided"
-    assert statistics.more_seeds(at, 0.5) is None
-    assert statistics.more_seeds(statistics.interval([0.0, 0.1, 0.05]), 0.5) is None  # decided
+    at = intervals.interval([-0.5, -0.6, -0.4])
+    assert intervals.verdict(at, 0.5) == "undecided"
+    assert intervals.more_seeds(at, 0.5) is None
+    assert intervals.more_seeds(intervals.interval([0.0, 0.1, 0.05]), 0.5) is None  # decided
 
 
 def test_values_without_spread_have_an_interval_of_no_width():
-    found = statistics.difference({0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0, 2: 1.0})
+    found = intervals.difference({0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 1.0, 2: 1.0})
     assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
-    assert statistics.verdict(found, 0.005) == "keeps"
-    assert statistics.direction(found, 0.0) == "unclear"
-    apart = statistics.difference({5: 1.0, 6: 1.0, 7: 1.0}, {0: 0.5, 1: 0.5, 2: 0.5})
+    assert intervals.verdict(found, 0.005) == "keeps"
+    assert intervals.direction(found, 0.0) == "unclear"
+    apart = intervals.difference({5: 1.0, 6: 1.0, 7: 1.0}, {0: 0.5, 1: 0.5, 2: 0.5})
     assert (apart.low, apart.high) == (0.5, 0.5)
 
 
@@ -155,4 +155,4 @@ def test_values_without_spread_have_an_interval_of_no_width():
     [(0.1, 0.2, 3, "above"), (-0.2, -0.1, 3, "below"), (-0.1, 0.1, 3, "unclear"), (1, 2, 2, None)],
 )
 def test_direction(low, high, n, expected):
-    assert statistics.direction(Interval(0.0, low, high, 1.0, n), 0.0) == expected
+    assert intervals.direction(Interval(0.0, low, high, 1.0, n), 0.0) == expected

@@ -12,9 +12,11 @@ import pytest
 import torch
 from trials import SMALL, ask, heed_ctrl_c, run, small
 
-from harness import leases, machine, plan, status
-from harness.plans import Plan
-from harness.storage import Store
+from harness.commands import doctor_machine, status
+from harness.run.trials import specs
+from harness.storage import leases
+from harness.storage.requests import Plan
+from harness.storage.store import Store
 
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
 
@@ -26,7 +28,7 @@ def results(tmp_path):
     run(small("neq"), tmp_path, epochs=2)
     bad = small("neq", "recipe.optimizer.lr=1e30")
     run(bad, tmp_path)
-    trials = plan.specs("digits", SMALL, "baseline,neq,random", "0-1")
+    trials = specs("digits", SMALL, "baseline,neq,random", "0-1")
     store = Store(tmp_path, "digits")
     ask(store, trials)
     return tmp_path
@@ -130,11 +132,11 @@ def test_this_machine(tmp_path, neqbench, monkeypatch):
 
 def test_what_is_wrong_with_a_machine(tmp_path, neqbench, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(machine, "SPACE", 10**18)
-    requires = machine.metadata.requires
+    monkeypatch.setattr(doctor_machine, "SPACE", 10**18)
+    requires = doctor_machine.metadata.requires
     newer = {"torchvision": ["numpy", "torch (==2.99.0)"]}
     monkeypatch.setattr(
-        machine.metadata, "requires", lambda name: newer.get(name) or requires(name)
+        doctor_machine.metadata, "requires", lambda name: newer.get(name) or requires(name)
     )
     words = ["doctor", "--results", tmp_path / "file", "--address", "127.0.0.1:9"]
     done = neqbench(*words)

@@ -11,10 +11,10 @@ import torch
 from trials import assert_same_results, run, small
 
 from harness.errors import UserError
-from harness.events import Notice
-from harness.places import StorageError
-from harness.records import SCHEMAS, EpochRecord, from_bytes, identified, to_bytes
-from harness.storage import Owner, Store
+from harness.run.events import Notice
+from harness.storage.locations import StorageError
+from harness.storage.schema import SCHEMAS, EpochRecord, from_bytes, identified, to_bytes
+from harness.storage.store import Owner, Store
 
 
 def test_records_and_schema_have_the_same_columns():

@@ -18,7 +18,9 @@ import pandas as pd
 import pytest
 from trials import SMALL, assert_same_results, keep_tuning, run, small
 
-from harness import provenance, submit, suites
+from harness.commands import submit
+from harness.storage import provenance
+from harness.suite import files
 
 BIN = Path(sys.executable).parent
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
@@ -158,7 +160,7 @@ def test_what_can_not_be_submitted(tmp_path, neqbench):
 def test_what_is_sent(tmp_path):
     """Code and suite; no data, results, caches or history. It runs, and is the same trial."""
     own = tmp_path / "mine"
-    shutil.copytree(suites.builtin()["digits"].parent, own)
+    shutil.copytree(files.builtin()["digits"].parent, own)
     for name in ("data", "results", ".git", "__pycache__"):
         (own / name).mkdir(exist_ok=True)
         (own / name / "large").write_bytes(b"x")

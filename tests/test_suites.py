@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 
-from harness import plan, suites
-from harness.check import check
-from harness.config import TrialSpec
 from harness.errors import UserError
+from harness.run.preflight import check
+from harness.run.trials import specs, states
+from harness.suite import files, parts
+from harness.suite.config import TrialSpec
 
 SUITE = """
 title = "small"
@@ -41,18 +42,18 @@ def folder(tmp_path):
 
 
 def test_the_built_in_suites_load():
-    names = suites.builtin()
+    names = files.builtin()
     assert {"digits", "cifar10", "cifar10-adam"} <= names.keys()
     for name in names:
-        suite, path = suites.load(name)
+        suite, path = files.load(name)
         assert suite.name == name
         assert path.is_dir()
-        assert callable(suites.part(suite.model.build, path))
-        assert callable(suites.part(suite.data.load, path))
+        assert callable(parts.part(suite.model.build, path))
+        assert callable(parts.part(suite.data.load, path))
 
 
 def test_cifar10_is_the_papers_recipe():
-    suite, _ = suites.load("cifar10")
+    suite, _ = files.load("cifar10")
     recipe = suite.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.precision) == (250, 100, "bf16")
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -61,7 +62,7 @@ def test_cifar10_is_the_papers_recipe():
     neq, reference = suite.methods["neq"], suite.methods["neq-reference"]
     assert (neq.eps, neq.mu, neq.recursion, neq.similarity) == (1e-3, 0.5, "paper", "dataset")
     assert (reference.recursion, reference.similarity) == ("reference", "sample")
-    adam, _ = suites.load("cifar10-adam")
+    adam, _ = files.load("cifar10-adam")
     assert adam.recipe.optimizer.name == "Adam"
     assert adam.recipe.optimizer.arguments["lr"] == 1e-3
     assert "momentum" not in adam.recipe.optimizer.arguments
@@ -78,7 +79,7 @@ def test_settings_reach_any_depth(folder):
         "seeds=[3]",
         "methods.new={kind='random', keep=0.5}",
     ]
-    suite, path = suites.load(str(folder), settings)
+    suite, path = files.load(str(folder), settings)
     assert path == folder
     assert suite.name == "mine"
     assert (suite.recipe.epochs, suite.seeds, suite.data.root) == (7, (3,), "../somewhere/else")
@@ -119,25 +120,25 @@ def test_settings_reach_any_depth(folder):
 )
 def test_a_wrong_value_is_said_in_one_line(folder, setting, message):
     with pytest.raises(UserError, match=message) as caught:
-        suites.load(str(folder), [setting])
+        files.load(str(folder), [setting])
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_suite(folder, tmp_path):
     with pytest.raises(UserError, match=r"unknown suite 'digitz' \(did you mean 'digits'\?\)"):
-        suites.load("digitz")
+        files.load("digitz")
     (folder / "suite.toml").write_text("title = ")
     with pytest.raises(UserError, match="not valid TOML"):
-        suites.load(str(folder))
+        files.load(str(folder))
     (folder / "suite.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
-        suites.load(str(folder))
+        files.load(str(folder))
     (folder / "suite.toml").write_text('extends = "none.toml"')
     with pytest.raises(UserError, match=r"no file 'none\.toml'"):
-        suites.load(str(folder))
+        files.load(str(folder))
     (folder / "suite.toml").write_text('extends = "suite.toml"')
     with pytest.raises(UserError, match="extends itself"):
-        suites.load(str(folder))
+        files.load(str(folder))
 
 
 def test_extending_replaces_what_is_named_anew(folder):
@@ -154,7 +155,7 @@ kind = "random"
 keep = 0.5
 """
     )
-    suite, _ = suites.load(str(folder / "more.toml"))
+    suite, _ = files.load(str(folder / "more.toml"))
     assert (suite.name, suite.recipe.epochs, suite.recipe.batch_size) == ("mine-more", 9, 4)
     assert (suite.recipe.optimizer.name, suite.recipe.optimizer.arguments) == ("Adam", {})
     assert (suite.methods["neq"].eps, suite.methods["neq"].mu) == (0.01, 0.25)
@@ -163,32 +164,32 @@ keep = 0.5
 
 def test_parts_come_from_the_suite_s_folder_first(folder):
     (folder / "model.py").write_text("def build(): return 'mine'")
-    assert suites.part("model:build", folder)() == "mine"
-    assert suites.part("json:dumps", folder) is json.dumps
+    assert parts.part("model:build", folder)() == "mine"
+    assert parts.part("json:dumps", folder) is json.dumps
     for reference in ("model:nothing", "no_such_module:x", "plain"):
         with pytest.raises(UserError, match=reference.partition(":")[0]):
-            suites.part(reference, folder)
+            parts.part(reference, folder)
     with pytest.raises(UserError, match="returned str, not a torch module"):
-        suites.build_model("model:build", folder, {})
+        parts.build_model("model:build", folder, {})
     with pytest.raises(UserError, match="failed: TypeError"):
-        suites.build("model:build", folder, {"width": 3})
+        parts.build("model:build", folder, {"width": 3})
 
 
 def test_a_module_that_fails_is_said_with_its_place_each_time(folder):
     (folder / "broken.py").write_text("\nvalue = 1 / 0\n")
     for _ in range(2):
         with pytest.raises(UserError, match=r"ZeroDivisionError: .* \(broken\.py, line 2\)"):
-            suites.part("broken:value", folder)
+            parts.part("broken:value", folder)
     (folder / "wrong.py").write_text("def build(:")
     with pytest.raises(UserError, match="SyntaxError"):
-        suites.part("wrong:build", folder)
+        parts.part("wrong:build", folder)
     (folder / "neighbour_of_broken.py").write_text("value = 7")
     (folder / "importing.py").write_text("from neighbour_of_broken import value")
-    assert suites.part("importing:value", folder) == 7
+    assert parts.part("importing:value", folder) == 7
 
 
 def spec(folder, settings=(), method="neq", seed=0, fingerprint="f", code="c"):
-    suite, path = suites.load(str(folder), settings)
+    suite, path = files.load(str(folder), settings)
     return TrialSpec(
         suite=suite,
         folder=str(path),
@@ -235,7 +236,7 @@ def test_keys_do_not_depend_on_how_a_value_is_written(folder):
 
 def test_keys_stay_what_they_are():
     """Stored results are found by these: a change here orphans them (raise NUMERICS instead)."""
-    suite, folder = suites.load("digits")
+    suite, folder = files.load("digits")
     names = {
         "folder": str(folder),
         "fingerprint": "f",
@@ -251,14 +252,14 @@ def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):
     keys = []
     for text in ("x = 1", "x = 2"):
         folder = tmp_path / "mine"
-        shutil.copytree(suites.builtin()["digits"].parent, folder, dirs_exist_ok=True)
+        shutil.copytree(files.builtin()["digits"].parent, folder, dirs_exist_ok=True)
         (folder / "extra.py").write_text(text)
-        keys.append(plan.specs(str(folder), methods="neq", seeds="0")[0].key)
+        keys.append(specs(str(folder), methods="neq", seeds="0")[0].key)
     assert keys[0] != keys[1]
-    cifar10, elsewhere = suites.load("cifar10")
-    (digits,) = plan.specs("digits", methods="neq", seeds="0")
-    assert digits.code == suites.code(cifar10, elsewhere, shipped=True)  # none of neqbench's own
-    assert suites.code(cifar10, elsewhere, shipped=False) != digits.code
+    cifar10, elsewhere = files.load("cifar10")
+    (digits,) = specs("digits", methods="neq", seeds="0")
+    assert digits.code == parts.code(cifar10, elsewhere, shipped=True)  # none of neqbench's own
+    assert parts.code(cifar10, elsewhere, shipped=False) != digits.code
 
 
 def test_parts_need_not_be_plain_functions(folder):
@@ -268,12 +269,12 @@ def test_parts_need_not_be_plain_functions(folder):
     ):
         (folder / "model.py").write_text(text)
         (folder / "data.py").write_text("def load(options): ...")
-        suite, path = suites.load(str(folder))
-        assert suites.code(suite, path, shipped=False)
+        suite, path = files.load(str(folder))
+        assert parts.code(suite, path, shipped=False)
 
 
 def test_plan_of_digits(tmp_path):
-    trials = plan.specs("digits")
+    trials = specs("digits")
     assert [(t.method, t.seed) for t in trials[:4]] == [
         ("baseline", 0),
         ("neq", 0),
@@ -282,8 +283,8 @@ def test_plan_of_digits(tmp_path):
     ]
     assert len({t.key for t in trials}) == len(trials) == 15
     assert len({t.group for t in trials}) == 1
-    assert {p.state for p in plan.states(trials, str(tmp_path))} == {"to do"}
-    some = plan.specs("digits", methods="freeze_after, neq,neq", seeds="7-8,3")
+    assert {p.state for p in states(trials, str(tmp_path))} == {"to do"}
+    some = specs("digits", methods="freeze_after, neq,neq", seeds="7-8,3")
     assert [(t.method, t.seed) for t in some] == [
         (method, seed) for seed in (7, 8, 3) for method in ("freeze_after", "neq")
     ]
@@ -305,7 +306,7 @@ def test_plan_of_digits(tmp_path):
 )
 def test_wrong_choices(arguments, message):
     with pytest.raises(UserError, match=message):
-        plan.specs("digits", **arguments)
+        specs("digits", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ def test_wrong_choices(arguments, message):
 )
 def test_what_only_torch_can_tell_is_found_before_anything_runs(setting, message):
     with pytest.raises(UserError, match=message):  # noqa: PT012 — the earlier the better
-        trials = plan.specs("digits", [setting])
+        trials = specs("digits", [setting])
         check(trials)
 
 
@@ -342,4 +343,4 @@ def test_data_parts_that_fail_or_return_something_else(folder):
         shutil.copytree(folder, other)
         (other / "data.py").write_text(text)
         with pytest.raises(UserError, match=message):
-            plan.specs(str(other))
+            specs(str(other))

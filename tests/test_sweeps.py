@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from trials import SMALL, ask, run
 
-from harness import plan, suites
 from harness.errors import UserError
-from harness.grid import named
-from harness.plan import specs
 from harness.report.curves import curves, sweeps
 from harness.report.figures import pictures
 from harness.report.model import load
-from harness.storage import Store
+from harness.run.trials import chosen_methods, specs
+from harness.storage.store import Store
+from harness.suite import files
+from harness.suite.sweep import named
 
 
 def trials(*settings, methods="baseline,neq", seeds="0"):
@@ -84,7 +84,7 @@ def test_what_takes_a_list_is_no_axis():
 )
 def test_a_grid_that_is_none(setting, message):
     with pytest.raises(UserError, match=message):
-        suites.load("digits", [setting])
+        files.load("digits", [setting])
 
 
 def test_one_method_of_a_sweep_can_be_chosen():
@@ -107,17 +107,17 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_ablations(name):
     (axis,), count, validation = PAPER[name]
-    points, _ = suites.experiments(name)
-    chosen = plan.chosen_methods(points[0], None)
+    points, _ = files.experiments(name)
+    chosen = chosen_methods(points[0], None)
     assert (len(chosen) - 1 if axis == "methods" else len(points)) == count
     sizes = {point.data.validation_size for point in points}
     assert sizes == ({validation} if validation else {5000, 2500, 50, 25, 10, 5, 2, 1})
     assert {point.recipe.epochs for point in points} == {250}
     named = {method for value in points[0].published.values for method in value.methods}
     assert named <= set(points[0].methods)
-    short, _ = suites.experiments(name.replace("cifar10", "digits"))
+    short, _ = files.experiments(name.replace("cifar10", "digits"))
     assert {point.recipe.epochs for point in short} == {30}
-    assert plan.chosen_methods(short[0], None)[0] == "baseline"
+    assert chosen_methods(short[0], None)[0] == "baseline"
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from torch.nn import functional
 
 from harness.errors import UserError
-from harness.streams import seeded
+from harness.seeds import seeded
 from harness.tasks import Classification, Segmentation
 
 CPU = torch.device("cpu")

@@ -15,14 +15,18 @@ import torch
 from torch import distributed, multiprocessing
 from trials import SLOT, SMALL, assert_same_results, keep_tuning, results, small
 
-from harness import batches, check, parallel, places, plan, samples, suites
-from harness.attempt import Broken, supervised
-from harness.data import load_data
+from harness import parallel
+from harness.data import dataset, streamed
+from harness.data.load import load_data
 from harness.errors import UserError
-from harness.executors import Inline, Ray
-from harness.records import EpochRecord
-from harness.rows import Failure
-from harness.storage import Store
+from harness.run import preflight, trials
+from harness.run.attempt import Broken, supervised
+from harness.run.executors import Inline, Ray
+from harness.storage import locations
+from harness.storage.recorder import Failure
+from harness.storage.schema import EpochRecord
+from harness.storage.store import Store
+from harness.suite import files
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -38,7 +42,7 @@ import os
 from pathlib import Path
 
 import torch
-from harness import suites
+from harness.suite import files
 from harness.errors import UserError
 from harness.parallel import rank
 from torch import nn
@@ -49,8 +53,8 @@ def load(options):
     (HERE / f"pid{rank()}").write_text(str(os.getpid()))
     if (HERE / f"broken{rank()}").exists():
         raise UserError(f"the disk of worker {rank()} is gone")
-    suite, folder = suites.load("digits")
-    return suites.part("data:load", folder)(options)
+    suite, folder = files.load("digits")
+    return parts.part("data:load", folder)(options)
 
 def model():
     return nn.Sequential(
@@ -64,7 +68,7 @@ def model():
 @pytest.fixture
 def own(tmp_path):
     folder = tmp_path / "own"
-    shutil.copytree(suites.builtin()["digits"].parent, folder)
+    shutil.copytree(files.builtin()["digits"].parent, folder)
     (folder / "data.py").unlink()
     (folder / "parts.py").write_text(PARTS)
     text = (folder / "suite.toml").read_text()
@@ -87,13 +91,13 @@ def worker(rank, world, folder, specs, root, epochs):
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", world)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    seen, written, write = [], [], places.Folder.write
+    seen, written, write = [], [], locations.Folder.write
 
     def noted(place, name, data, last=None):
         written.append(name)
         write(place, name, data, last)
 
-    places.Folder.write = noted
+    locations.Folder.write = noted
     try:
         for spec in specs:
             for count, event in enumerate(supervised(spec, root, SLOT)):
@@ -246,17 +250,17 @@ def test_results_that_not_every_worker_sees(tmp_path):
 def test_samples_are_checked_on_every_worker(world):
     """Each looks at its own, and has some."""
     settings = ["model.input=[3, 32, 32]", "data.validation_size=2", "recipe.batch_size=16"]
-    suite, folder = plan.located(*suites.load("imagenet", settings), synthetic=True)
+    suite, folder = trials.located(*files.load("imagenet", settings), synthetic=True)
     data = load_data(suite, folder)
     for rank in range(world):
         with (
-            patch.object(batches, "rank", lambda rank=rank: rank),
-            patch.object(samples, "rank", lambda rank=rank: rank),
-            patch.object(batches, "workers", lambda: world),
-            patch.object(samples, "workers", lambda: world),
+            patch.object(dataset, "rank", lambda rank=rank: rank),
+            patch.object(streamed, "rank", lambda rank=rank: rank),
+            patch.object(dataset, "workers", lambda: world),
+            patch.object(streamed, "workers", lambda: world),
             patch.object(parallel, "workers", lambda: world),
         ):
-            looked = check.few(suite, data)
+            looked = preflight.few(suite, data)
         assert [len(x) for x, _ in looked["training"]] == [2]
         assert [len(x) for x, _ in looked["test"]] == [2]
 
@@ -277,10 +281,10 @@ def model():
 """
     (own / "parts.py").write_text(text)
     settings = ["model.exclude=['inner.7']"]
-    check.check([small("baseline", *settings, suite=str(own))])
+    preflight.check([small("baseline", *settings, suite=str(own))])
     settings.append("resources.workers=2")
     with pytest.raises(UserError, match=r"unused\.weight gets no gradient"):
-        check.check([small("baseline", *settings, suite=str(own))])
+        preflight.check([small("baseline", *settings, suite=str(own))])
 
 
 def test_more_workers_than_there_is_room_for(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from trials import METHODS, assert_same_results, keep_tuning, results, run, same, small
 
-from harness.attempt import supervised
-from harness.events import Halted, Started
-from harness.records import EpochRecord
-from harness.rows import Failure, Slot
-from harness.storage import Store
+from harness.run.attempt import supervised
+from harness.run.events import Halted, Started
+from harness.storage.recorder import Failure, Slot
+from harness.storage.schema import EpochRecord
+from harness.storage.store import Store
 
 
 def records(events):

@@ -9,10 +9,10 @@ from torch import nn
 from trials import SLOT, assert_same_results, keep_tuning, small
 
 import neq
-from harness import tuning
-from harness.attempt import supervised
 from harness.errors import UserError
-from harness.storage import Store
+from harness.run.attempt import supervised
+from harness.storage.store import Store
+from harness.train import tuning
 from suites.resnet import resnet8
 
 

@@ -8,8 +8,8 @@ from test_flops import MODELS, _Apply
 from torch import nn
 
 import neq
-from harness.flops import BATCH, measure
-from harness.verify import Rules, measured
+from harness.flops.costs import BATCH, measure
+from harness.flops.oracle import Rules, measured
 from suites.resnet import resnet8
 
 SAME = nn.Sequential(

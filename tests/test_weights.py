@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from harness import weights
-from harness.config import Model
 from harness.errors import UserError
+from harness.suite.config import Model
+from harness.train import weights
 
 
 class Backbone(nn.Module):
@@ -144,14 +144,14 @@ def test_counters_that_older_files_do_not_have(file, tmp_path):
 
 @pytest.mark.parametrize("counters", [True, False])
 def test_torchvision_s_backbone_goes_into_the_segmentation_suite(vision, monkeypatch, counters):
-    from harness import suites
+    from harness.suite import files, parts
 
     state = vision.models.resnet50().state_dict()
     kept = {k: v for k, v in state.items() if counters or not k.endswith("tracked")}
     kind = vision.models.ResNet50_Weights
     monkeypatch.setattr(kind, "get_state_dict", lambda *_, **__: dict(kept))
-    suite, folder = suites.load("segmentation")
-    model = suites.build_model(suite.model.build, folder, suite.model.arguments)
+    suite, folder = files.load("segmentation")
+    model = parts.build_model(suite.model.build, folder, suite.model.arguments)
     weights.load(model, suite.model)
     for name, tensor in model.backbone.state_dict().items():
         assert name.endswith("tracked") or torch.equal(tensor, state[name])

@@ -10,13 +10,15 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from harness import plan, suites, tuning
-from harness.attempt import supervised
-from harness.plans import Plan
 from harness.report import model, terminal
 from harness.report.sections import sections
-from harness.rows import Slot
-from harness.storage import Store
+from harness.run.attempt import supervised
+from harness.run.trials import specs
+from harness.storage.recorder import Slot
+from harness.storage.requests import Plan
+from harness.storage.store import Store
+from harness.suite import parts
+from harness.train import tuning
 
 SMALL = [
     "data.train_size=230",
@@ -35,7 +37,7 @@ SLOT = Slot(gpu=False, sharing=1)
 
 
 def small(method, *settings, seed=0, suite="digits"):
-    (spec,) = plan.specs(suite, [*SMALL, *settings], method, str(seed))
+    (spec,) = specs(suite, [*SMALL, *settings], method, str(seed))
     return spec
 
 
@@ -43,7 +45,7 @@ def keep_tuning(spec, root):
     """Nothing is left to the clock: every root gets the same choices, and none is measured."""
     suite, chosen = spec.suite, tuning.Tuning()
     with patch.object(tuning, "tune", lambda *_: chosen), torch.random.fork_rng():
-        model = suites.build_model(suite.model.build, spec.folder, suite.model.arguments)
+        model = parts.build_model(suite.model.build, spec.folder, suite.model.arguments)
         threads = torch.get_num_threads()
         torch.set_num_threads(suite.resources.cpus)
         tuning.kept(Store(root, suite.name), suite, model)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from harness.console import say
 from harness.report.compare import Change, Compared, Comparison
 from harness.report.tables import TONES, Cell, Column, Table
-from harness.report.terminal import say, show_table
+from harness.report.terminal import show_table
 from harness.report.words import NONE, points, spread
 
 LISTED = 30  # trials, at the most

@@ -12,11 +12,11 @@ import pandas as pd
 from harness.errors import UserError
 from harness.report.gates import MORE_IS_BETTER, PERCENT, POINTS, Gate
 from harness.report.groups import conditions
+from harness.report.intervals import Interval, difference, direction, ratio
 from harness.report.methods import by_seed, devices, shared
 from harness.report.model import GroupTable, load, plain
 from harness.report.notes import commits, versions
-from harness.statistics import Interval, difference, direction, ratio
-from harness.storage import Store
+from harness.storage.store import Store
 
 CALLED = {"data.fingerprint": "other data:", "numerics": "other code: numerics"}
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from harness.grid import Point, named
 from harness.report.methods import MethodRow
 from harness.report.model import GroupTable
+from harness.suite.sweep import Point, named
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.plans import Plan
+from harness.storage.requests import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

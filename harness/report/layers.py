@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
-from harness.records import QUANTILES
 from harness.report.style import COLOURS, WIDTH, Of, Picture
-from harness.results import Results
+from harness.storage.frames import Results
+from harness.storage.schema import QUANTILES
 
 MOST = 6  # methods of a group that are shown
 LABELS = 20  # layers that are named beside a map

@@ -9,8 +9,16 @@ from typing import Any
 
 import pandas as pd
 
-from harness.methods import KINDS
-from harness.statistics import Interval, difference, direction, interval, more_seeds, ratio, verdict
+from harness.report.intervals import (
+    Interval,
+    difference,
+    direction,
+    interval,
+    more_seeds,
+    ratio,
+    verdict,
+)
+from harness.suite.method_specs import KINDS
 
 COUNTS = ["dense", "paper", "required", "executed"]
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]

@@ -8,18 +8,18 @@ from typing import Any
 
 import pandas as pd
 
-from harness.config import MARGIN
 from harness.errors import UserError
-from harness.grid import named
-from harness.methods import KINDS
-from harness.plans import Plan
-from harness.records import REWRITTEN, SCHEMAS
 from harness.report import groups, notes
 from harness.report.methods import MethodRow, devices, labels, method_rows, per_trial, shared
 from harness.report.phases import Phase, phases
 from harness.report.published import Comparison, against_published
-from harness.results import Results, read
-from harness.storage import Store
+from harness.storage.frames import Results, read
+from harness.storage.requests import Plan
+from harness.storage.schema import REWRITTEN, SCHEMAS
+from harness.storage.store import Store
+from harness.suite.config import MARGIN
+from harness.suite.method_specs import KINDS
+from harness.suite.sweep import named
 
 TEXTS = ("group", "suite", "method", "metric", "title", "data", "versions")
 

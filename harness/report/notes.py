@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from harness.config import MARGIN
+from harness.report.intervals import FEWEST
 from harness.report.methods import MethodRow
 from harness.report.words import counted
-from harness.statistics import FEWEST
+from harness.suite.config import MARGIN
 
 FEW = 6  # seeds, below which intervals say little about rare failures
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness.config import Published, PublishedValue
+from harness.report.intervals import FEWEST, Interval, from_summary
 from harness.report.words import points, said
-from harness.statistics import FEWEST, Interval, from_summary
+from harness.suite.config import Published, PublishedValue
 
 EXACT = 1e-9  # what rounding may add to a difference that is none
 MODEL = "model."  # conditions on which the dense count depends alone

@@ -4,13 +4,13 @@ from collections import Counter
 from itertools import groupby
 from typing import Any
 
-from harness.config import forward_size
 from harness.report import views
 from harness.report.answers import answers
 from harness.report.curves import Sweep, sweep_of, sweeps
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.tables import Section
 from harness.report.words import arguments, counted, listed, said
+from harness.suite.config import forward_size
 
 
 def sections(report: Report) -> list[Section]:

@@ -1,13 +1,13 @@
 """The report in a terminal, readable from 80 columns on."""
 
 from collections.abc import Iterable
-from textwrap import fill
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from harness.console import say
 from harness.report.tables import Section, Table
 
 WORDS = 17  # columns that one of text keeps at least
@@ -62,8 +62,3 @@ def show_table(table: Table, console: Console) -> None:
     hidden = dict.fromkeys(c.title for c in table.columns if c.wide and console.width < WIDE)
     if hidden:
         say(f"From {WIDE} columns on, also: {', '.join(hidden)}.", console, style="dim")
-
-
-def say(text: str, console: Console, style: str = "") -> None:
-    """`text`, filled to the console's width."""
-    console.print(Text(fill(text, console.width, break_on_hyphens=False), style=style))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-from harness.grid import named
 from harness.report.curves import Sweep
 from harness.report.methods import MethodRow
 from harness.report.model import GroupTable
@@ -20,6 +19,7 @@ from harness.report.words import (
     signed_interval,
     spread,
 )
+from harness.suite.sweep import named
 
 SAVED = (
     "FLOPs: executed by the backward of one sample, mean over epochs; {dense} with nothing frozen. "

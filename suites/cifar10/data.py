@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from harness.config import Data
-from harness.data import Images, Split
+from harness.data.memory import Images, Split
 from harness.errors import UserError, line
+from harness.suite.config import Data
 from harness.vision import torchvision
 from suites.archives import fetch
 from suites.pictures import decode

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from harness.config import Data
+from harness.data.streamed import Samples, Source, Transform
 from harness.errors import UserError, line
-from harness.samples import Samples, Source, Transform
+from harness.suite.config import Data
 from harness.vision import torchvision
 from suites import hub
 from suites.pictures import decode

@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from harness.config import Data
+from harness.data.streamed import Samples
 from harness.errors import UserError, line
-from harness.samples import Samples
+from harness.suite.config import Data
 from harness.vision import torchvision
 from suites.pictures import decode, decode_labels
 from suites.segmentation.transforms import IGNORE, labelled, transforms

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.config import Data
-from harness.data import Images, Split
-from harness.streams import generator
+from harness.data.memory import Images, Split
+from harness.seeds import generator
+from harness.suite.config import Data
 
 TRAIN, TEST = 1050, 300
 SIZE, DIGIT = 64, 24  # pixels of a scene, and of a digit in it

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from harness.data.streamed import Transform
 from harness.errors import UserError
-from harness.samples import Transform
 from harness.vision import torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,0 +1,241 @@
+"""`neqbench doctor`: what a suite of one's own gets wrong, before anything is trained on it."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.commands.doctor_machine import Finding
+from harness.commands.flops import count
+from harness.data.dataset import Batches, Dataset
+from harness.data.load import load_data
+from harness.errors import UserError
+from harness.flops.subject import Subject, subject
+from harness.run import preflight
+from harness.run.attempt import supervised
+from harness.run.trials import located, specs
+from harness.seeds import seeded
+from harness.storage.recorder import Failure, Slot
+from harness.storage.schema import EpochRecord
+from harness.storage.store import Store
+from harness.suite import files
+from harness.suite.config import Suite, TrialSpec
+from harness.suite.parts import build_model, said
+from harness.tasks import Task, build_task
+from harness.train import weights
+
+FEW = 12  # samples of each part that are looked at
+EPOCHS = 3  # of the trial that is broken off and resumed
+
+
+def doctor(path: str, settings: list[str]) -> Iterator[Finding]:
+    """Findings in the order in which a trial would meet them; the first wrong one ends them.
+
+    Raises UserError where there is no suite at `path`.
+    """
+    files.locate(path)
+    patient = _Patient(path, settings)
+    for examination in (
+        patient.the_suite_file,
+        patient.the_model,
+        patient.the_data,
+        patient.the_samples,
+        patient.the_order,
+        patient.the_task,
+        patient.the_methods,
+        patient.the_accounting,
+        patient.a_resumed_trial,
+    ):
+        what = examination.__name__.strip("_").replace("_", " ")
+        wrong = _said(examination)
+        yield Finding(what, wrong)
+        if wrong:
+            return
+
+
+def _said(examination: Callable[[], None]) -> str:
+    try:
+        examination()
+    except UserError as error:
+        return " ".join(str(error).split())
+    except Exception as error:
+        return said(error)
+    return ""
+
+
+class _Patient:
+    """A suite under examination; each method raises UserError where it finds something wrong."""
+
+    suite: Suite
+    folder: Path
+    model: nn.Module
+    subject: Subject
+    data: Dataset
+    task: Task
+    samples: preflight.Samples
+
+    def __init__(self, path: str, settings: list[str]) -> None:
+        self._path, self._settings = path, settings
+
+    def the_suite_file(self) -> None:
+        loaded = files.load(self._path, self._settings)
+        self.suite, self.folder = located(*loaded, synthetic=False)
+        kinds = {method.kind for method in self.suite.methods.values()}
+        if not {"baseline", "neq"} <= kinds:
+            raise UserError(
+                "methods has no baseline or no neq to compare; add [methods.baseline] and "
+                "[methods.neq]"
+            )
+
+    def the_model(self) -> None:
+        first, again = (self._built() for _ in range(2))
+        others = again.state_dict().values()
+        for (name, a), b in zip(first.state_dict().items(), others, strict=True):
+            if not torch.equal(a, b):
+                raise UserError(
+                    f"two models built from one seed differ in {name}; draw from torch's, numpy's "
+                    "or Python's global streams, which are seeded"
+                )
+        weights.load(first, self.suite.model)
+        self.model = first
+        self.subject = subject(self._path, self._settings, None, None)
+
+    def _built(self) -> Any:
+        parts = self.suite.model
+        with seeded(0, "initialisation"):
+            return build_model(parts.build, self.folder, parts.arguments)
+
+    def the_data(self) -> None:
+        self.data = load_data(self.suite, self.folder)
+        again = load_data(self.suite, self.folder)
+        if self.data.fingerprint() != again.fingerprint():
+            raise UserError(
+                "the data differ each time they are loaded; let them follow from a fixed seed, "
+                "and list files in sorted order"
+            )
+        preflight.check_size(self.suite, self.data)
+
+    def the_samples(self) -> None:
+        self.samples = preflight.few(self.suite, self.data)
+        preflight.check_inputs(self.suite, self.samples)
+        for part, loaded in self.samples.items():
+            for inputs, _ in loaded:
+                if inputs.dtype != torch.float32 or not bool(inputs.isfinite().all()):
+                    raise UserError(f"{part} images must be finite float32, got {inputs.dtype}")
+
+    def the_order(self) -> None:
+        first, again, later = (_flat(self._opened(), epoch) for epoch in (0, 0, 1))
+        if not _same(first, again):
+            raise UserError(
+                "two passes over the same epoch differ; random transforms must draw from torch's, "
+                "numpy's or Python's global streams"
+            )
+        if len(first) > 1 and _same(first, later):
+            raise UserError("two epochs have the same order; take it from harness.data")
+        held = [list(self._opened().evaluate("validation", 5)) for _ in range(2)]
+        if not _same(*([x for x, _ in loaded] for loaded in held)):
+            raise UserError("two passes over the validation images differ; leave nothing to chance")
+
+    def _opened(self) -> Batches:
+        recipe = self.suite.recipe.model_copy(update={"batch_size": 4, "forward_batch": None})
+        return self.data.open(torch.device("cpu"), 0, recipe, most=FEW)
+
+    def the_task(self) -> None:
+        self.task = build_task(self.suite, self.folder)
+        preflight.check_outputs(self.suite, self.task, self.model, self.samples, self.data.labels())
+        ((inputs, targets),) = self.samples["training"]
+        loss = self.task.loss(self.model.train()(inputs), targets)
+        if loss.shape != () or not bool(loss.isfinite()) or not loss.requires_grad:
+            raise UserError(
+                f"the loss must be one finite number with a gradient, got {loss.detach()}"
+            )
+        self._check_meter()
+
+    @torch.no_grad()
+    def _check_meter(self) -> None:
+        """Workers' counts are added up: half and half must be the whole."""
+        whole, *halves = (self.task.meter(torch.device("cpu")) for _ in range(3))
+        for place, (inputs, targets) in enumerate(self._opened().evaluate("test", 1)):
+            outputs = self.model.eval()(inputs)
+            for meter in (whole, halves[place % 2]):
+                meter.add(outputs, targets)
+        value, total = whole.value(), whole.counts.clone()
+        halves[0].counts += halves[1].counts
+        if not torch.equal(total, halves[0].counts) or halves[0].value() != value:
+            raise UserError("the meter's counts of two halves do not add up to those of the whole")
+        if not 0 <= value <= 1:
+            raise UserError(f"the metric must be a share from 0 to 1, got {value}")
+
+    def the_methods(self) -> None:
+        preflight.check_methods(self.suite, self.model, list(self.suite.methods))
+        if not bool(self.subject.freezable.any()):
+            raise UserError("no neuron may freeze: model.exclude names every supported layer")
+
+    def the_accounting(self) -> None:
+        counted = count(self.subject, 0.5, 0, verify=True)
+        uncounted = self.subject.costs.uncounted
+        if uncounted:
+            raise UserError(f"the model's FLOPs can't be counted: {', '.join(uncounted)}")
+        if not counted.agrees:
+            raise UserError(
+                f"counted and executed FLOPs differ: {counted.json()['verify']}; does the forward "
+                "depend on chance or on its input?"
+            )
+
+    def a_resumed_trial(self) -> None:
+        """A few steps of NEq, broken off after each epoch, against the same without a break."""
+        spec = self._short()
+        with tempfile.TemporaryDirectory() as folder:
+            states = []
+            for root, breaks in (("through", False), ("resumed", True)):
+                place = str(Path(folder) / root)
+                tuned = Path(folder) / "through" / self.suite.name / "tuning"
+                if tuned.is_dir():
+                    shutil.copytree(tuned, Path(place) / self.suite.name / "tuning")
+                _run(spec, place, breaks)
+                states.append(Store(place, self.suite.name).load_checkpoint(spec.key))
+            through, resumed = (list((state or {}).get("model", {}).values()) for state in states)
+            if not _same(through, resumed):
+                raise UserError(
+                    "a trial that was broken off and resumed ended with other weights; the model "
+                    "or the data keep a state of their own outside of parameters and buffers"
+                )
+
+    def _short(self) -> TrialSpec:
+        neq = next(name for name, m in self.suite.methods.items() if m.kind == "neq")
+        validation = min(self.suite.data.validation_size, 4)
+        settings = [
+            *self._settings,
+            f"recipe.epochs={EPOCHS}",
+            "recipe.batch_size=4",
+            f"data.train_size={validation + 8}",
+            f"data.validation_size={validation}",
+            "resources={cpus=1, gpus=0}",
+        ]
+        return specs(self._path, settings, neq, "0")[0]
+
+
+def _run(spec: TrialSpec, root: str, breaks: bool) -> None:
+    done = 0
+    while done < EPOCHS:
+        events = supervised(spec, root, Slot(gpu=False, sharing=1))
+        for event in events:
+            if isinstance(event, Failure):
+                raise UserError(event.reason)
+            if isinstance(event, EpochRecord) and event.epoch >= done:
+                done = event.epoch + 1
+                if breaks:
+                    events.close()
+                    break
+
+
+def _flat(batches: Batches, epoch: int) -> list[Tensor]:
+    return [sample for forward in batches.train(epoch) for sample in forward.inputs]
+
+
+def _same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))

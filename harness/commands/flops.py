@@ -1,0 +1,93 @@
+"""`neqbench flops`: the accounting of one model, with a share of its neurons frozen at random."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from harness.errors import UserError
+from harness.flops.costs import BATCH
+from harness.flops.oracle import measured as counted_by_torch
+from harness.flops.subject import Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A model with a mask; `measured`: what PyTorch's counter saw, over a batch of `BATCH`."""
+
+    subject: Subject
+    frozen: Tensor
+    measured: list[int] | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all that was measured is what was counted, and the order holds."""
+        whole = self.subject.costs.backward(self.frozen, BATCH)
+        ordered = whole.required <= whole.executed <= whole.dense
+        return ordered and all(count == whole.executed for count in self.measured or [])
+
+    def json(self) -> dict[str, Any]:
+        """The documented JSON, per sample; `frozen` is the share of all neurons."""
+        costs, verify = self.subject.costs, None
+        if self.measured is not None:
+            counted = costs.backward(self.frozen, BATCH).executed
+            wrong = [count for count in self.measured if count != counted]
+            verify = {"batch": BATCH, "counted": counted, "measured": (wrong or self.measured)[0]}
+        return {
+            "forward": costs.forward(),
+            "backward": asdict(costs.backward(self.frozen)),
+            "overhead_per_validation_sample": costs.overhead(),
+            "neurons": len(self.frozen),
+            "frozen": float(self.frozen.double().mean()),
+            "verify": verify,
+        }
+
+
+def count(subject: Subject, share: float, seed: int, verify: bool) -> Counted:
+    """Count with a share of the neurons frozen, and hold it against a real backward; raises
+    UserError for a share that is none, or a model that does not run so.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"--frozen {share}: must be between 0 and 1")
+    frozen = subject.draw(share, seed)
+    if not verify:
+        return Counted(subject, frozen, None)
+    try:
+        return Counted(subject, frozen, counted_by_torch(subject.module, subject.shape, frozen))
+    except Exception as error:
+        raise UserError(
+            f"--verify: a backward of {subject.name} fails ({type(error).__name__}: {error})"
+        ) from error
+
+
+def show(counted: Counted, console: Console) -> None:
+    """The same numbers for people, with what is counted dense."""
+    numbers = counted.json()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=None)
+    table.add_column("FLOPs per sample")
+    table.add_column(counted.subject.name, justify="right")
+    rows = {"forward": numbers["forward"]}
+    rows |= {f"backward, {name}": value for name, value in numbers["backward"].items()}
+    rows["deciding, per validation sample"] = numbers["overhead_per_validation_sample"]
+    for title, value in rows.items():
+        table.add_row(title, f"{value:,}")
+    table.add_row("neurons", f"{numbers['neurons']:,}")
+    table.add_row("frozen", f"{numbers['frozen']:.2%}")
+    console.print(table)
+    if numbers["verify"]:
+        seen = numbers["verify"]
+        word = "agrees" if counted.agrees else "does NOT agree"
+        console.print(
+            f"verified on a batch of {seen['batch']}: counted {seen['counted']:,}, "
+            f"measured {seen['measured']:,}: {word}"
+        )
+    dense = counted.subject.costs.dense_only
+    for name, reason in list(dense.items())[:5]:
+        console.print(f"never frozen: {name or '(the model itself)'}: {reason}", style="dim")
+    if len(dense) > 5:
+        console.print(f"never frozen: {len(dense) - 5} more", style="dim")
+    for name in counted.subject.costs.uncounted:
+        console.print(f"not counted: {name}, which fvcore does not know", style="red")

@@ -1,0 +1,86 @@
+"""What PyTorch's own counter sees in one real backward, to hold the accounting against."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import neq
+from harness.flops.costs import BATCH
+
+aten = torch.ops.aten
+Shape = Sequence[int]
+
+
+class Rules:
+    """Replaces two of the counter's rules: the weight gradient of a grouped convolution (torch 2.13
+    forgets to divide by the groups) and fused attention (not counted on the CPU; recomputed
+    products counted on CUDA). `needed`: whether either has occurred so far.
+    """
+
+    def __init__(self) -> None:
+        self.needed = False
+        self.mapping: dict[Any, Callable[..., int]] = {
+            aten.convolution_backward: self._convolution_backward
+        }
+        for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
+            forward = getattr(aten, f"_scaled_dot_product_{name}")
+            self.mapping[forward] = self._attention
+            self.mapping[getattr(aten, f"_scaled_dot_product_{name}_backward")] = self._backward
+
+    def _convolution_backward(
+        self, gradient: Shape, inputs: Shape, weight: Shape, *rest: Any, **_: Any
+    ) -> int:
+        transposed, groups, mask = rest[4], rest[6], rest[7]
+        self.needed |= groups > 1
+        positions = inputs if transposed else gradient
+        each: int = 2 * positions[0] * prod(positions[2:]) * prod(weight)
+        return each * (bool(mask[0]) + bool(mask[1]))
+
+    def _attention(self, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+        self.needed = True
+        return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    def _backward(self, _gradient: Shape, *inputs: Any, **_: Any) -> int:
+        return 2 * self._attention(*inputs)
+
+
+def measured(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    frozen: Tensor,
+    gradient: neq.Gradient = "exact",
+    timings: neq.Timings | None = None,
+) -> list[int]:
+    """FLOPs of a backward over `BATCH` samples with `frozen` (bool [neurons]) standing still.
+
+    With the rules above, then by PyTorch's own where those are right. The model is converted for
+    it and back again.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    freezer = neq.NeuronFreezer(
+        model, optimizer, neq.Everyone(), gradient=gradient, timings=timings
+    )
+    freezer.freeze(frozen)
+    rules = Rules()
+    try:
+        counts = [_counted(model, shape, rules.mapping)]
+        if not rules.needed:
+            counts.append(_counted(model, shape, {}))
+    finally:
+        freezer.remove()
+    return counts
+
+
+def _counted(model: nn.Module, shape: tuple[int, ...], mapping: dict[Any, Any]) -> int:
+    with torch.random.fork_rng([]):
+        outputs = tree_leaves(model.train()(torch.randn(BATCH, *shape)))
+    losses = [o.sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        torch.autograd.backward(torch.stack(losses).sum())
+    model.zero_grad()
+    return int(counter.get_total_flops())

@@ -1,0 +1,1 @@
+"""Training methods at work in a trial; their parameters are in `harness.suite.method_specs`."""

@@ -1,0 +1,152 @@
+"""What can be checked before the first step, so that it shows before hours are spent."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import parallel
+from harness.data.dataset import Batch, Dataset
+from harness.data.load import load_data
+from harness.errors import UserError
+from harness.flops.subject import measured
+from harness.methods.freezing import Freezing
+from harness.seeds import restored
+from harness.suite import parts
+from harness.suite.config import Suite, TrialSpec
+from harness.tasks import Task, build_task
+from harness.train import weights
+from harness.train.optimizers import build_optimizer
+
+SAMPLES = 2  # that are run through the model
+
+Samples = dict[str, list[Batch]]
+
+
+def check(trials: Sequence[TrialSpec]) -> Dataset:
+    """Build everything once, and run a few samples of every part; returns the data that it opened.
+
+    Raises UserError.
+    """
+    suite, folder = trials[0].suite, trials[0].folder
+    with restored():
+        data = load_data(suite, folder)
+        check_size(suite, data)
+        samples = few(suite, data)
+        check_inputs(suite, samples)
+        model = parts.build_model(suite.model.build, folder, suite.model.arguments)
+        weights.load(model, suite.model)
+        measured(model, suite.model.input, suite.model.unpublished)
+        check_methods(suite, model, [trial.method for trial in trials])
+        task = build_task(suite, folder)
+        check_outputs(suite, task, model, samples, data.labels())
+        if suite.resources.world_size > 1:
+            check_gradients(suite, task, model, samples)
+    return data
+
+
+def check_size(suite: Suite, data: Dataset) -> None:
+    """Raises UserError where a batch is larger than what there is to train on, or too small."""
+    count, world = len(data.indices[0]), suite.resources.world_size
+    if world > 1 and suite.recipe.batch_size < 2 * world:
+        raise UserError(
+            f"suite {suite.name}: recipe.batch_size is {suite.recipe.batch_size}, and each of "
+            f"{world} workers needs two samples; raise it"
+        )
+    if suite.recipe.batch_size > count:
+        raise UserError(
+            f"suite {suite.name}: recipe.batch_size is {suite.recipe.batch_size}, and there are "
+            f"{count} images to train on; lower it"
+        )
+
+
+def check_methods(suite: Suite, model: nn.Module, names: Sequence[str]) -> None:
+    """Raises UserError where a method, the optimizer or the schedule does not fit the model."""
+    for name in dict.fromkeys(names):
+        optimizer, _ = build_optimizer(suite.name, suite.recipe, model)
+        try:
+            method = Freezing(suite.methods[name], model, optimizer, suite.model.exclude, seed=0)
+        except ValueError as error:
+            raise UserError(f"suite {suite.name}: method {name} on this model: {error}") from None
+        method.freezer.remove()
+
+
+def few(suite: Suite, data: Dataset) -> Samples:
+    """The first samples of each part, as this worker would see them; raises UserError."""
+    count = SAMPLES * parallel.workers()
+    recipe = suite.recipe.model_copy(update={"batch_size": count, "forward_batch": None})
+    try:
+        batches = data.open(torch.device("cpu"), 0, recipe, most=count)
+        held_out = {part: list(batches.evaluate(part, SAMPLES)) for part in ("validation", "test")}
+        return {"training": [(f.inputs, f.targets) for f in batches.train(0)]} | held_out
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{suite.data.load!r}: samples fail: {parts.said(error)}") from error
+
+
+def check_inputs(suite: Suite, samples: Samples) -> None:
+    """Test images may have sizes of their own; the accounting holds for the others."""
+    for part in ("training", "validation"):
+        for inputs, _ in samples[part]:
+            if tuple(inputs.shape[1:]) != suite.model.input:
+                raise UserError(
+                    f"suite {suite.name}: model.input is {list(suite.model.input)}, "
+                    f"the {part} images are {list(inputs.shape[1:])}"
+                )
+
+
+@torch.no_grad()
+def check_outputs(
+    suite: Suite, task: Task, model: nn.Module, samples: Samples, labels: Sequence[Tensor]
+) -> None:
+    """Raises UserError where the model does not run, or the task not on its outputs; `labels`: all
+    that are known.
+    """
+    for part, loaded in samples.items():
+        for inputs, targets in loaded:
+            outputs = _outputs(suite, model, inputs)
+            with _blaming(suite):
+                task.check(outputs, targets)
+                task.loss(outputs, targets)
+                if part == "training":
+                    task.loss(outputs, task.mix(inputs, targets)[1])
+    with _blaming(suite):
+        for known in labels:
+            task.check_labels(outputs, known)
+
+
+def check_gradients(suite: Suite, task: Task, model: nn.Module, samples: Samples) -> None:
+    """Raises UserError where a parameter gets no gradient: several workers would wait for it."""
+    for inputs, targets in samples["training"]:
+        with _blaming(suite):
+            torch.autograd.backward(task.loss(model.train()(inputs), targets))
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        raise UserError(
+            f"suite {suite.name}: {without[0]} gets no gradient, which several workers can't "
+            "train; leave it out of the model, or set requires_grad to False"
+        )
+
+
+def _outputs(suite: Suite, model: nn.Module, inputs: Tensor) -> Any:
+    try:
+        return model.eval()(inputs)
+    except Exception as error:
+        raise UserError(
+            f"suite {suite.name}: the model does not run on images of {list(inputs.shape[1:])} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+@contextmanager
+def _blaming(suite: Suite) -> Iterator[None]:
+    """Errors of the task, with the suite's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"suite {suite.name}: {error}") from None
+    except Exception as error:
+        raise UserError(f"suite {suite.name}: {suite.task} failed: {parts.said(error)}") from error

@@ -1,0 +1,202 @@
+"""The Ray cluster: how to reach it, what fits on it, and whether it is still there."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from harness import parallel
+from harness.errors import UserError, line
+from harness.storage.recorder import Slot
+from harness.suite.config import TrialSpec
+from harness.train.tuning import check_precision
+
+KNOCK = 5.0  # seconds between looks whether the head is there
+BUSY = 60.0  # seconds after which a GPU that is not free is not waited for
+GONE = 30.0  # after so many without an answer it is lost; Ray itself ends the driver after 60
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator["Head"]:
+    """Join the cluster at `address` or in RAY_ADDRESS, or start one on this machine.
+
+    Raises UserError where none answers.
+    """
+    _connect(address)
+    import ray
+
+    head = Head()
+    try:
+        yield head
+    finally:
+        if head.answers():  # else Ray would wait for it
+            ray.shutdown()
+
+
+class Head:
+    """The cluster's first node, which knows all others (`nodes`, as of a few seconds ago)."""
+
+    def __init__(self) -> None:
+        import ray
+
+        context = ray.get_runtime_context()
+        self._address, self._node = context.gcs_address, context.get_node_id()
+        self._asked = self._answered = time.monotonic()
+        self.nodes: list[dict[str, Any]] = ray.nodes()
+
+    def check(self) -> None:
+        """Raises UserError where it has not answered for a while."""
+        now = time.monotonic()
+        if now - self._asked < KNOCK:
+            return
+        self._asked = now
+        if self.answers():
+            self._answered = time.monotonic()
+        elif now - self._answered > GONE:
+            raise UserError(
+                f"the Ray head at {self._address} is gone; every trial is committed up to its last "
+                "epoch: start the cluster again and run the same command"
+            )
+
+    def answers(self) -> bool:
+        """Whether it is there now, and this machine's node."""
+        import ray
+
+        try:
+            knock(self._address)
+            self.nodes = ray.nodes()
+            return any(node["Alive"] for node in self.nodes if node["NodeID"] == self._node)
+        except (OSError, ray.exceptions.RayError):
+            return False
+
+
+def task(function: Callable[..., Any], spec: TrialSpec, slot: Slot) -> Any:
+    """A Ray task for a trial; one of several workers only watches over them.
+
+    On a GPU the process ends with its trial, and gives its memory back; on a CPU the next one
+    starts without a wait. Nothing is retried by Ray, which would give up on a trial that makes
+    progress between deaths.
+    """
+    import ray
+
+    resources = spec.suite.resources
+    alone = resources.world_size == 1
+    return ray.remote(max_calls=1 if slot.gpu else 0)(function).options(
+        num_cpus=resources.cpus if alone else 0,
+        num_gpus=resources.gpus_each if slot.gpu and alone else 0,
+        num_returns="streaming",
+        max_retries=0,
+    )
+
+
+def slots(
+    spec: TrialSpec, trials: int, nodes: list[dict[str, Any]], *, gpu: bool = False
+) -> tuple[int, Slot]:
+    """How many of `trials` fit the nodes at a time, and what each is given.
+
+    `gpu`: they have run on GPUs so far. Raises UserError where not even one fits.
+    """
+    nodes = [node["Resources"] for node in nodes if node["Alive"]]
+    wanted = spec.suite.resources
+    any_gpu = any(node.get("GPU", 0) for node in nodes)
+    gpus = wanted.gpus_each if any_gpu or gpu or wanted.gpus != "auto" else 0
+    if gpus and not any_gpu:
+        raise UserError(no_gpu(spec, "the Ray cluster"))
+    fitting = [
+        int(min(node.get("CPU", 0) / wanted.cpus, node.get("GPU", 0) / gpus if gpus else 1e9))
+        for node in nodes
+    ]
+    world = wanted.world_size
+    if sum(fitting) < world:
+        each = f"{world} workers with {wanted.cpus} CPUs and {gpus:g} GPUs each"
+        alone = f"{wanted.cpus} CPUs and {gpus:g} GPUs, more than any node of"
+        total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+        raise UserError(
+            f"suite {spec.suite.name}: one trial asks for "
+            + (alone if world == 1 else f"{each}, more than there are in")
+            + f" the Ray cluster, with {total['CPU']:g} CPUs and {total['GPU']:g} GPUs in all; "
+            "lower them with --set resources.cpus=… or resources.gpus=…"
+        )
+    per_device = max(int(1 / gpus), 1) if gpus else max(max(fitting) // world, 1)
+    return sum(fitting) // world, Slot(bool(gpus), min(per_device, trials))
+
+
+def check_device(spec: TrialSpec, slot: Slot) -> None:
+    """Raises UserError where the cluster's GPU lacks the suite's precision."""
+    import ray
+
+    if not slot.gpu:
+        return
+    precision, gpus = spec.suite.recipe.precision, spec.suite.resources.gpus_each
+    look = ray.remote(max_calls=1)(_look).options(num_cpus=0, num_gpus=gpus)
+    try:
+        ray.get(look.remote(precision), timeout=BUSY)
+    except ray.exceptions.GetTimeoutError:
+        return  # all are busy: the trials look themselves
+    except ray.exceptions.RayError as error:
+        raise UserError(f"a worker of the Ray cluster fails: {said(error)}") from None
+
+
+def _look(precision: str) -> None:
+    check_precision(precision, parallel.device(gpu=True))
+
+
+def no_gpu(spec: TrialSpec, where: str) -> str:
+    """What a suite is told that asks for a GPU."""
+    return (
+        f"suite {spec.suite.name}: resources.gpus asks for {spec.suite.resources.gpus} and "
+        f"{where} has none; run on the CPU with --set resources.gpus=0"
+    )
+
+
+def said(error: Exception) -> str:
+    """Why a worker died, without Ray's pages around it."""
+    import ray
+
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        whole = re.search(r"Memory usage (\d+)B .* of (\d+)B limit", str(error))
+        own = re.search(r"actual memory used=([\d.]+)GB", str(error))
+        used = [f"{int(whole[1]) / 2**30:.1f} of {int(whole[2]) / 2**30:.1f} GiB"] if whole else []
+        used += [f"{own[1]} GB by this trial"] if own else []
+        return (
+            f"the machine's memory is full: {', '.join(used)}; lower recipe.forward_batch, or run "
+            "fewer trials at a time with more resources.cpus"
+        )
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return line(error.cause) if error.cause else str(error).strip().splitlines()[-1]
+    return type(error).__name__
+
+
+def _connect(address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    # Without "local" Ray would join whatever was last started on this machine, alive or not.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    polite = signal.getsignal(signal.SIGTERM)
+    try:
+        knock(address)
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level="CRITICAL",
+        )
+        signal.signal(signal.SIGTERM, polite)  # Ray's own would print its stack and die
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({line(error)}); check --address, RAY_ADDRESS "
+            "and, where the cluster asks for one, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+        ) from None
+
+
+def knock(address: str) -> None:
+    """Raise OSError at once where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()

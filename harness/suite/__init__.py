@@ -1,0 +1,1 @@
+"""What is asked for: suite files, sweeps, methods' parameters, and the trials' keys."""

@@ -1,0 +1,128 @@
+"""The recipe's optimizer and scheduler, by torch's own names."""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from harness.errors import UserError
+from harness.suite.config import Named, Recipe
+
+# Schedulers that can step with every iteration, for all their arguments of time are among these.
+COUNTED = (
+    *("SequentialLR", "ChainedScheduler", "ConstantLR", "LinearLR", "PolynomialLR"),
+    *("StepLR", "MultiStepLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"),
+)
+COUNTS = ("total_iters", "T_max", "T_0", "step_size", "milestones")
+
+
+def build_optimizer(
+    suite: str, recipe: Recipe, model: nn.Module, steps: int = 1
+) -> tuple[Optimizer, LRScheduler | None]:
+    """Optimizer, fused where torch has that, and scheduler; `steps`: of an epoch.
+
+    Raises UserError for an unknown name or for arguments that torch refuses.
+    """
+    where = f"suite {suite}: recipe."
+    named, groups = _fused(recipe.optimizer), _groups(where, recipe, model)
+    optimizer = _torch_class(torch.optim, Optimizer, where + "optimizer", named, [groups])
+    if recipe.scheduler is None:
+        return optimizer, None
+    unit = steps if recipe.schedule == "iteration" else 1
+    return optimizer, _scheduler(where + "scheduler", recipe.scheduler, optimizer, unit)
+
+
+def _groups(where: str, recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
+    """One group, and one for each part of the model that has a learning rate of its own."""
+    lr = recipe.optimizer.arguments.get("lr", math.nan)
+    if recipe.lr_factors and not (isinstance(lr, float | int) and math.isfinite(lr)):
+        raise UserError(f"{where}lr_factors: they need a number recipe.optimizer.lr to multiply")
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in ("", *recipe.lr_factors)}
+    for name, parameter in model.named_parameters():
+        of = (part for part in recipe.lr_factors if name.startswith(f"{part}."))
+        groups[max(of, key=len, default="")].append(parameter)
+    for part, parameters in groups.items():
+        if part and not parameters:
+            raise UserError(f"{where}lr_factors: no part of the model is called {part!r}")
+    factors = {part: {"lr": lr * factor} for part, factor in recipe.lr_factors.items()}
+    return [{"params": part, **factors.get(name, {})} for name, part in groups.items() if part]
+
+
+def _scheduler(where: str, named: Named, optimizer: Optimizer, unit: int) -> LRScheduler:
+    """Arguments count epochs of `unit` steps; schedulers among them are built first."""
+    if unit > 1 and named.name not in COUNTED:
+        raise UserError(
+            f'{where}: {named.name} can\'t step with every iteration; take schedule = "epoch", or '
+            f"one of {', '.join(COUNTED)}"
+        )
+    milestones = named.arguments.get("milestones", [])
+    if not isinstance(milestones, list) or not all(isinstance(m, int) for m in milestones):
+        raise UserError(
+            f"{where}.milestones: {milestones} must be a list of epochs, such as [15, 22]"
+        )
+    arguments = {
+        key: _built(where, key, value, optimizer, unit) for key, value in named.arguments.items()
+    }
+    built = Named.model_construct(name=named.name, **arguments)
+    scheduler: LRScheduler = _torch_class(
+        lr_scheduler, LRScheduler, where, built, _leading(named, optimizer)
+    )
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        raise UserError(
+            f"{where}: ReduceLROnPlateau follows a metric, which would differ by method; "
+            "take a schedule of epochs"
+        )
+    return scheduler
+
+
+def _leading(named: Named, optimizer: Optimizer) -> list[Any]:
+    """ChainedScheduler takes its schedulers first."""
+    return [] if named.name == "ChainedScheduler" else [optimizer]
+
+
+def _built(where: str, key: str, value: Any, optimizer: Optimizer, unit: int) -> Any:
+    if key == "schedulers" and isinstance(value, list):
+        build: Callable[[Any], LRScheduler] = partial(_nested, where, optimizer, unit)
+        return [build(item) for item in value]
+    if key in COUNTS and isinstance(value, list):
+        return [unit * item for item in value]
+    counted = key in COUNTS and isinstance(value, int | float) and not isinstance(value, bool)
+    return round(unit * value) if counted and unit > 1 else value
+
+
+def _nested(where: str, optimizer: Optimizer, unit: int, value: Any) -> LRScheduler:
+    if not isinstance(value, dict) or "name" not in value:
+        raise UserError(f'{where}.schedulers: each must be a table such as {{name = "LinearLR"}}')
+    try:
+        named = Named.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{where}.schedulers: {error.errors()[0]['msg']}") from None
+    return _scheduler(where + ".schedulers", named, optimizer, unit)
+
+
+def _torch_class(module: Any, base: Any, where: str, named: Named, leading: list[Any]) -> Any:
+    cls = getattr(module, named.name, None)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        known = [n for n in dir(module) if isinstance(getattr(module, n), type)]
+        names = ", ".join(n for n in known if issubclass(getattr(module, n), base) and n[0] != "_")
+        raise UserError(f"{where}: unknown name {named.name!r}; torch has {names}")
+    try:
+        return cls(*leading, **named.arguments)
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{where}: {named.name} refuses its arguments: {error}") from None
+
+
+def _fused(named: Named) -> Named:
+    """The same optimizer, fused where torch has that and the recipe says nothing else."""
+    cls = getattr(torch.optim, named.name, None)
+    known = inspect.signature(cls).parameters if isinstance(cls, type) else {}
+    if "fused" not in known or {"fused", "foreach", "differentiable"} & named.arguments.keys():
+        return named
+    return Named.model_validate({"name": named.name, **named.arguments, "fused": True})

@@ -1,0 +1,152 @@
+"""What is chosen by the clock: memory format and backward kernels.
+
+Both change how results round, so they are chosen once per machine kind and model, kept with the
+results, and used by every trial; a trial's checkpoint holds its own copy.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import neq
+from harness.errors import UserError
+from harness.storage.locations import StorageError
+from harness.storage.provenance import hardware
+from harness.storage.store import Store
+from harness.suite.config import NUMERICS, Suite, digest
+from neq.timings import stopwatch
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GAIN = 0.9  # channels_last is taken where its step takes less than this share of the other's time
+SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """`channels_last`: the memory format of model and images; `timings`: of backward kernels."""
+
+    channels_last: bool = False
+    timings: neq.Timings = field(default_factory=neq.Timings)
+
+    def apply(self, images: Tensor) -> Tensor:
+        """The images [samples, channels, height, width] in the memory format of the model."""
+        if self.channels_last and images.dim() == 4:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """The same model in that memory format."""
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"channels_last": self.channels_last, "timings": self.timings.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Tuning":
+        """From `to_json`."""
+        if not isinstance(value["channels_last"], bool):
+            raise TypeError("channels_last")
+        return cls(value["channels_last"], neq.Timings.from_json(value["timings"]))
+
+
+def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
+    """The suite's tuning for this kind of machine; measured and stored where there is none yet."""
+    gpu = next(model.parameters()).is_cuda
+    batch_size = suite.recipe.forward_size(suite.resources.world_size)
+    conditions = {
+        "model": suite.model.model_dump(mode="json", exclude={"weights"}),
+        "batch_size": batch_size,
+        "precision": suite.recipe.precision,
+        "hardware": hardware(gpu),
+        "torch": torch.__version__,
+        "numerics": NUMERICS,
+        "architecture": digest({"modules": repr(model)}),
+    }
+
+    def make() -> dict[str, Any]:
+        recipe = suite.recipe
+        tuned = tune(model, suite.model.input, batch_size, recipe.precision)
+        return conditions | tuned.to_json()
+
+    name = digest(conditions)
+    try:
+        return Tuning.from_json(store.keep_tuning(name, make))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise StorageError(f"{store.place.uri}/tuning/{name}.json is damaged; delete it") from None
+
+
+def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: str) -> Tuning:
+    """Time `model`, on its device, in training steps on random batches.
+
+    Model and random streams are left as they were.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        images = torch.randn(batch_size, *shape, device=device)
+        formats = [Tuning(False)]
+        if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            formats.append(Tuning(True))
+        best = formats[0] if len(formats) == 1 else _fastest(formats, model, images, precision)
+        copied = best.convert(copy.deepcopy(model))
+        with autocast(device.type, precision):
+            timings = neq.measure(copied, best.apply(images))
+    return Tuning(best.channels_last, timings)
+
+
+@contextmanager
+def numerics(precision: str) -> Iterator[None]:
+    """Deterministic convolutions, and no TF32 where the precision is float32."""
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "float32"
+    ):
+        yield
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises UserError where the device would only emulate it."""
+    needed = precision == "bf16" and device.type == "cuda"
+    if needed and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"recipe.precision: {torch.cuda.get_device_name(device)} has no bf16; "
+            "run with --set recipe.precision=fp16 or float32"
+        )
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """The autocast of a suite's precision; for float32, one that does nothing."""
+    dtype = HALF.get(precision)
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+
+
+def _fastest(formats: list[Tuning], model: nn.Module, images: Tensor, precision: str) -> Tuning:
+    models = [tuning.convert(copy.deepcopy(model)).train() for tuning in formats]
+    batches = [tuning.apply(images) for tuning in formats]
+    best = [inf, inf]
+    start, rounds = time.perf_counter(), 0
+    while rounds < 2 or (rounds < 6 and time.perf_counter() - start < SECONDS):
+        for i, (copied, batch) in enumerate(zip(models, batches, strict=True)):
+            with stopwatch(images.device) as seconds:
+                with autocast(images.device.type, precision):
+                    loss = square(copied(batch))
+                torch.autograd.backward(loss)
+            copied.zero_grad()
+            best[i] = min(best[i], seconds[0]) if rounds else inf
+        rounds += 1
+    return formats[1] if best[1] < GAIN * best[0] else formats[0]
+
+
+def square(outputs: Any) -> Tensor:
+    """A loss for any outputs: the mean square of all of them."""
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    return torch.stack([t.float().square().mean() for t in tensors]).sum()
