@@ -9,7 +9,7 @@ __all__ = ["Results", "load_results"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: `neqbench --help` needs no pandas."""
+    """Import `Results` and `load_results` when asked for: `neqbench --help` needs no pandas."""
     if name in __all__:
         from harness.storage import frames
 

@@ -1,4 +1,7 @@
-"""The command line. Heavy imports happen inside commands: `--help` answers at once."""
+"""The command line: verbs, options, exit codes.
+
+Heavy imports happen inside commands, so that `--help` answers at once.
+"""
 
 import gc
 import os
@@ -9,8 +12,17 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from harness.console import console, table, write_json
-from harness.console import status as progress
+from harness.commands.options import (
+    Address,
+    Results,
+    RunOptions,
+    SeenResults,
+    Settings,
+    SuiteName,
+    TrialOptions,
+    takes,
+)
+from harness.console import console, progress_line, table, write_json
 from harness.errors import UserError
 
 INTERRUPTED = 130
@@ -22,28 +34,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SuiteName = Annotated[str, typer.Argument(help="A suite's name, or a folder with a suite.toml.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change the suite: recipe.epochs=5."),
-]
 AnySuite = Annotated[str | None, typer.Argument(help="A suite; or give --model.")]
 Model = Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any model.")]
 Input = Annotated[
     str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw of frozen neurons.")]
-Methods = Annotated[str | None, typer.Option(help="Which methods: baseline,neq.")]
-Seeds = Annotated[str | None, typer.Option(help="Which seeds: 0-4 or 0,2.")]
-Synthetic = Annotated[bool, typer.Option("--synthetic", help="On noise of the right shape.")]
-Address = Annotated[str | None, typer.Option(help="Join the Ray cluster at this address.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also try failed trials again.")]
-Results = Annotated[str, typer.Option(metavar="ROOT", help="Where results lie.")]
 Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or for programs.")]
 
 
 def main() -> NoReturn:
-    """Entry point: a wrong input is one line and exit code 2."""
+    """Run the command line and exit with its code; a wrong input is one line and exit code 2."""
     try:
         code = app(standalone_mode=False) or 0
     except UserError as error:
@@ -76,9 +77,9 @@ def _help(context: typer.Context) -> None:
 @app.command()
 def suites(format: Format = "rich") -> None:
     """List the suites that can be run."""
-    from harness.suite.files import builtin, experiments
+    from harness.suite.files import load_experiments, shipped_suites
 
-    found = [experiments(name)[0] for name in builtin()]
+    found = [load_experiments(name)[0] for name in shipped_suites()]
     if format == "json":
         write_json([suite.model_dump(mode="json") for points in found for suite in points])
         return
@@ -96,81 +97,28 @@ def suites(format: Format = "rich") -> None:
 
 
 @app.command()
-def plan(
-    suite: SuiteName,
-    settings: Settings = None,
-    methods: Methods = None,
-    seeds: Seeds = None,
-    synthetic: Synthetic = False,
-    results: Results = "results",
-    format: Format = "rich",
-) -> None:
+@takes(TrialOptions)
+def plan(options: TrialOptions, format: Format = "rich") -> None:
     """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
-    from harness.run.trials import specs, states
-    from harness.suite.sweep import named
+    from harness.commands.plan import plan as list_trials
 
     gc.disable()  # a tenth of the time: there is nothing to collect
-    trials = specs(suite, settings or (), methods, seeds, synthetic=synthetic)
-    planned = states(trials, results)
-    about = {group[0].group: group[0].suite for group in trials.groups()}
-    if format == "json":
-        write_json(
-            [
-                {
-                    "trial": p.key,
-                    "group": p.group,
-                    "point": named(about[p.group].point),
-                    "method": p.method,
-                    "seed": p.seed,
-                    "state": p.state,
-                    "epochs_done": p.epochs_done,
-                    "epochs": about[p.group].recipe.epochs,
-                }
-                for p in planned
-            ]
-        )
-        return
-    swept = len(about) > 1
-    shown = table("trial", *(["point"] if swept else []), "method", "seed", "state", "epochs")
-    for p in planned:
-        suite_of = about[p.group]
-        point = [named(suite_of.point)] if swept else []
-        done = f"{p.epochs_done}/{suite_of.recipe.epochs}"
-        shown.add_row(p.key, *point, p.method, str(p.seed), p.state, done)
-    console().print(shown)
+    list_trials(options, format, console())
 
 
 @app.command()
+@takes(RunOptions)
 def run(
-    suite: SuiteName,
-    settings: Settings = None,
-    methods: Methods = None,
-    seeds: Seeds = None,
-    synthetic: Synthetic = False,
-    results: Results = "results",
+    options: RunOptions,
     executor: Annotated[
         Literal["ray", "inline"], typer.Option(help="Ray tasks, or this process.")
     ] = "ray",
     address: Address = None,
-    retry_failed: RetryFailed = False,
 ) -> None:
     """Run what is not done yet, then print the report. The same command resumes."""
-    from harness.commands.run import Wanted
     from harness.commands.run import run as run_suite
 
-    wanted = Wanted(
-        suite=suite,
-        settings=settings or (),
-        methods=methods,
-        seeds=seeds,
-        synthetic=synthetic,
-        root=results,
-        executor=executor,
-        address=address,
-        retry_failed=retry_failed,
-    )
-    failed = run_suite(wanted, console())
-    if failed:
+    if run_suite(options, executor, address, console()):
         raise typer.Exit(1)
 
 
@@ -190,16 +138,16 @@ def doctor(
     address: Address = None,
 ) -> None:
     """Say what this machine lacks, or what a suite of one's own gets wrong."""
-    from harness.commands.doctor_machine import machine, show
+    from harness.commands.doctor_machine import examine_machine, print_finding
 
     wrong = False
-    findings = machine(results, address)
+    findings = examine_machine(results, address)
     if suite is not None:
-        from harness.commands.doctor_suite import doctor as examine
+        from harness.commands.doctor_suite import examine_suite
 
-        findings = examine(suite, settings or [])
+        findings = examine_suite(suite, settings or [])
     for finding in findings:
-        show(finding, console())
+        print_finding(finding, console())
         wrong |= bool(finding.wrong)
     if wrong:
         raise typer.Exit(1)
@@ -216,47 +164,29 @@ def status(
 ) -> None:
     """Show what became of every trial, from the results alone; from any machine that sees them."""
     from harness.commands import status as module
-    from harness.storage.store import Store, stores
+    from harness.storage.store import Store, find_stores
 
     def find() -> list[Store]:
-        return stores(what or results, results)
+        return find_stores(what or results, results)
 
     if watch:
         module.watch(find, console())
     elif format == "json":
         write_json(module.to_json(module.Reader(find).read()))
     else:
-        module.show(module.Reader(find).read(), console())
+        module.print_status(module.Reader(find).read(), console())
 
 
 @app.command()
+@takes(RunOptions, results=SeenResults)
 def submit(
-    suite: SuiteName,
+    options: RunOptions,
     address: Annotated[str, typer.Option(help="Of the cluster's dashboard: http://head:8265.")],
-    results: Annotated[
-        str, typer.Option(metavar="ROOT", help="Where every node sees it: s3://…, gs://…, /mnt/….")
-    ],
-    settings: Settings = None,
-    methods: Methods = None,
-    seeds: Seeds = None,
-    synthetic: Synthetic = False,
-    retry_failed: RetryFailed = False,
 ) -> None:
     """Run a suite as a job on a Ray cluster. Submitted again, it goes on where it stopped."""
-    from harness.commands.submit import Job
     from harness.commands.submit import submit as send
 
-    job = Job(
-        suite=suite,
-        settings=settings or (),
-        methods=methods,
-        seeds=seeds,
-        synthetic=synthetic,
-        retry_failed=retry_failed,
-        results=results,
-        address=address,
-    )
-    send(job, console())
+    send(options, address, console())
 
 
 @app.command()
@@ -275,11 +205,11 @@ def report(
 ) -> None:
     """Compare the methods of stored runs with the baseline."""
     from harness.report.forms import render
-    from harness.report.model import load
-    from harness.storage.frames import found
+    from harness.report.model import load_report
+    from harness.storage.frames import stores_named
 
     gc.disable()  # a tenth of the time: there is nothing to collect
-    for path in render(load(found(what, results)), format, console(), figures):
+    for path in render(load_report(stores_named(what, results)), format, console(), figures):
         print(path, file=sys.stderr)
 
 
@@ -295,17 +225,17 @@ def compare(
     format: Format = "rich",
 ) -> None:
     """Show what changed from run A to run B, and what can't be compared."""
-    from harness.report.changes import show
+    from harness.report.changes import print_comparison
     from harness.report.compare import compare as compared
     from harness.report.gates import gates
-    from harness.storage.store import stores
+    from harness.storage.store import find_stores
 
     bounds = gates(fail_on or [])
-    found = compared(stores(a, results), stores(b, results), bounds)
+    found = compared(find_stores(a, results), find_stores(b, results), bounds)
     if format == "json":
         write_json(found.to_json())
     else:
-        show(found, console())
+        print_comparison(found, console())
     if found.missed:
         raise typer.Exit(1)
 
@@ -324,14 +254,14 @@ def flops(
     format: Format = "rich",
 ) -> None:
     """Count a model's forward and backward FLOPs per sample."""
-    from harness.commands.flops import count, show
+    from harness.commands.flops import count, print_counts
     from harness.flops.subject import subject
 
     counted = count(subject(suite, settings or (), model, input), frozen, seed, verify)
     if format == "json":
         write_json(counted.json())
     else:
-        show(counted, console())
+        print_counts(counted, console())
     if not counted.agrees:
         raise typer.Exit(1)
 
@@ -353,15 +283,15 @@ def speed(
     format: Format = "rich",
 ) -> None:
     """Time steps with frozen neurons against dense ones, on this machine."""
-    from harness.commands.speed import shares, show
+    from harness.commands.speed import parse_shares, print_speed
     from harness.commands.speed import speed as measure
     from harness.flops.subject import subject
 
-    wanted = shares(frozen)
-    with progress() as shown:
+    wanted = parse_shares(frozen)
+    with progress_line() as shown:
         found = subject(suite, settings or (), model, input)
         timed = measure(found, batch, wanted, seed, precision, shown.update)
     if format == "json":
         write_json(timed.json())
     else:
-        show(timed, console())
+        print_speed(timed, console())

@@ -1,4 +1,4 @@
-"""What commands print, and where."""
+"""What commands print, and where: tables and text for people, JSON for programs."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from textwrap import fill
 from typing import Any
 
 
-def status() -> Any:
-    """A line on the error stream, where that is a terminal."""
+def progress_line() -> Any:
+    """A rich status: one line on the error stream that changes, where that is a terminal."""
     from rich.console import Console
 
     return Console(stderr=True).status("reading the model")
 
 
 def console() -> Any:
-    """For people, as wide as their terminal."""
+    """A rich console on the output stream, as wide as the terminal."""
     from rich.console import Console
 
     class Patient(Console):
@@ -29,7 +29,7 @@ def console() -> Any:
 
 
 def table(*titles: str) -> Any:
-    """A plain one with these columns."""
+    """A plain rich table with columns of these titles."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -40,12 +40,12 @@ def table(*titles: str) -> Any:
 
 
 def write_json(value: Any) -> None:
-    """For programs."""
+    """Print a plain value as JSON."""
     write(json.dumps(value, indent=2))
 
 
 def write(text: str) -> None:
-    """As it is."""
+    """Print text as it is; nothing happens where nobody reads any more."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -53,7 +53,7 @@ def write(text: str) -> None:
 
 
 def say(text: str, console: Any, style: str = "") -> None:
-    """`text`, filled to the console's width."""
+    """Print `text` on a rich console, filled to its width, in a rich `style`."""
     from rich.text import Text
 
     console.print(Text(fill(text, console.width, break_on_hyphens=False), style=style))

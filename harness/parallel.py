@@ -1,7 +1,7 @@
-"""One trial in several processes: who this one is, and what all of them do together.
+"""One trial in several processes: which one this is, and what all of them do together.
 
-A process asks torch.distributed alone, so that Ray Train and torchrun serve alike. With one process
-nothing here does anything.
+A process asks torch.distributed alone, so that Ray Train and torchrun serve alike. In a single
+process every function here returns at once.
 """
 
 import os
@@ -15,32 +15,36 @@ from torch import Tensor, distributed, nn
 from harness.errors import UserError
 from neq.parallel import add_up as add_up
 from neq.parallel import broadcast as broadcast
+from neq.parallel import broadcast_buffers as broadcast_buffers
 from neq.parallel import workers as workers
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """The number of this process, from 0."""
     return distributed.get_rank() if workers() > 1 else 0
 
 
 def leads() -> bool:
-    """Whether this process writes results and talks."""
+    """Whether this process is the one that writes results and prints."""
     return rank() == 0
 
 
 def backend(gpu: bool) -> str:
-    """What carries the tensors; masks and counts lie on the CPU even where a GPU trains."""
+    """The backend of torch.distributed: gloo for tensors on the CPU, NCCL for those on a GPU.
+
+    Masks and counts lie on the CPU even where a GPU trains.
+    """
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
 def launched() -> int:
-    """Processes that torchrun started, 1 where it did not start this one."""
+    """How many processes torchrun started; 1 where it did not start this one."""
     return int(os.environ.get("WORLD_SIZE", 1)) if distributed.is_torchelastic_launched() else 1
 
 
 @contextmanager
 def group(gpu: bool) -> Iterator[None]:
-    """Join the processes that torchrun started.
+    """Inside, this process is joined with those that torchrun started.
 
     After an error the process just ends: others may still wait for it, and leaving would block.
     """
@@ -51,7 +55,7 @@ def group(gpu: bool) -> Iterator[None]:
 
 
 def device(gpu: bool) -> torch.device:
-    """Where this process computes; on a machine with several GPUs each process has its own."""
+    """The device of this process; of several processes on a machine each has a GPU of its own."""
     if not gpu:
         return torch.device("cpu")
     if workers() > 1:
@@ -60,13 +64,13 @@ def device(gpu: bool) -> torch.device:
 
 
 def wait() -> None:
-    """For all processes."""
+    """Wait until all processes are here."""
     if workers() > 1:
         distributed.barrier()
 
 
 def shared(value: Any) -> Any:
-    """Rank 0's plain value for everybody."""
+    """The value that rank 0 gave, for every process; it must be picklable."""
     values = [value]
     if workers() > 1:
         distributed.broadcast_object_list(values, src=0)
@@ -82,7 +86,7 @@ def lost_another(error: BaseException) -> bool:
 
 
 def largest(value: int) -> int:
-    """Over all processes."""
+    """The largest value that a process gave."""
     tensor = torch.tensor(value)
     if workers() > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
@@ -90,12 +94,12 @@ def largest(value: int) -> int:
 
 
 def equal(value: int) -> bool:
-    """Whether all processes have the same."""
+    """Whether all processes gave the same value."""
     return largest(value) == -largest(-value)
 
 
 def agree(model: nn.Module, mask: Tensor) -> None:
-    """Raises RuntimeError where processes differ in frozen neurons or in a parameter's bits."""
+    """Raises RuntimeError where processes differ in the mask or in a bit of a parameter."""
     if workers() == 1:
         return
     mine = torch.stack([_checksum(t) for t in (mask, *model.parameters())])
@@ -108,5 +112,5 @@ def _checksum(tensor: Tensor) -> Tensor:
     """Exact, whatever the order in which it is added up; int64 on the CPU."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().view(whole[tensor.element_size()])
-    place = torch.arange(bits.numel(), device=bits.device).view(bits.shape) % 8191 + 1
-    return (bits * place).sum(dtype=torch.int64).cpu()
+    position = torch.arange(bits.numel(), device=bits.device).view(bits.shape) % 8191 + 1
+    return (bits * position).sum(dtype=torch.int64).cpu()

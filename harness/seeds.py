@@ -1,6 +1,6 @@
 """Separate random streams, each derived from (seed, purpose, epoch).
 
-Nothing has to be stored to resume: an epoch's streams follow from its number.
+Nothing has to be stored to resume: the streams of an epoch follow from its number.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ import torch
 
 
 def derive(seed: int, purpose: str, epoch: int = 0) -> int:
-    """A 63-bit seed for one purpose: initialisation, order, augmentation, training or masks."""
+    """A 63-bit seed for one purpose ("initialisation", "order", "augmentation", "masks", …)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
-    """A generator on the CPU, so that draws do not depend on the device."""
+    """A generator for one purpose; on the CPU, so that draws do not depend on the device."""
     return torch.Generator().manual_seed(derive(seed, purpose, epoch))
 
 
 def seed_globals(seed: int, purpose: str, epoch: int = 0) -> None:
-    """Seed torch, numpy and random: for what draws from the global streams, such as dropout."""
+    """Seed the global streams of torch, numpy and random, from which dropout, for one, draws."""
     value = derive(seed, purpose, epoch)
     torch.manual_seed(value)
     random.seed(value)
@@ -33,7 +33,7 @@ def seed_globals(seed: int, purpose: str, epoch: int = 0) -> None:
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """The global streams on the CPU are afterwards as they were."""
+    """Afterwards the global streams on the CPU are as they were before."""
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     try:
         yield
@@ -45,7 +45,7 @@ def restored() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, purpose: str, epoch: int = 0) -> Iterator[None]:
-    """Global streams seeded for one purpose, and afterwards as they were."""
+    """Inside, the global streams are seeded for one purpose; afterwards they are as before."""
     with restored():
         seed_globals(seed, purpose, epoch)
         yield

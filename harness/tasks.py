@@ -1,4 +1,7 @@
-"""What a model is trained for: its loss and its metric. The trial's loop knows no more of it."""
+"""What a model is trained for: its loss and its metric. The trial's loop knows no more of it.
+
+Suites name a task by import string: "harness.tasks:Classification", or a subclass of Task.
+"""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -10,21 +13,21 @@ from torch.nn import functional
 
 from harness.errors import UserError
 from harness.suite.config import Suite
-from harness.suite.parts import build
+from harness.suite.parts import build_part
 from harness.vision import torchvision
 
 
 class Meter(Protocol):
-    """Accumulates a metric on the device: `counts` of several workers are added up."""
+    """Accumulates a metric on the device, in integer `counts` that workers can add up."""
 
     counts: Tensor
 
     def add(self, outputs: Any, targets: Tensor) -> None:
-        """One batch."""
+        """Count one batch."""
         ...
 
     def value(self) -> float:
-        """The metric from `counts`; the only synchronisation."""
+        """The metric that `counts` say, from 0 to 1; the only call that waits for the device."""
         ...
 
 
@@ -35,11 +38,11 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The mean over the batch."""
+        """The mean loss of a batch: a tensor of one number, with a gradient."""
 
     @abstractmethod
     def meter(self, device: torch.device) -> Meter:
-        """A fresh accumulator."""
+        """A meter that has counted nothing yet."""
 
     def mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Augment a training batch as a whole, drawing from torch's global CPU stream."""
@@ -49,7 +52,7 @@ class Task(ABC):
         """Raises UserError where one of all the labels of a part does not fit the outputs."""
 
     def random_targets(self, outputs: Any, draw: torch.Generator) -> Tensor:
-        """Targets that fit the outputs of one batch, for synthetic data."""
+        """Targets that fit the outputs of one batch, for `--synthetic`; raises UserError."""
         raise UserError(f"{type(self).__name__} has no random_targets, which --synthetic needs")
 
     def check(self, outputs: Any, targets: Tensor) -> None:  # noqa: B027 — for those who want it
@@ -57,8 +60,8 @@ class Task(ABC):
 
 
 def build_task(suite: Suite, folder: Path | str) -> Task:
-    """The suite's task; raises UserError where it names none."""
-    task = build(suite.task, folder, suite.task_arguments)
+    """The task that a suite names; raises UserError where that fails, or is no Task."""
+    task = build_part(suite.task, folder, suite.task_arguments)
     if not isinstance(task, Task):
         raise UserError(f"{suite.task!r} returned {type(task).__name__}, not a harness.tasks.Task")
     if not isinstance(getattr(task, "metric", None), str):
@@ -94,7 +97,7 @@ class Classification(Task):
         ]
 
     def mix(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup or cutmix; targets become shares [samples, classes]."""
+        """The batch mixed by mixup or cutmix; its targets become shares [samples, classes]."""
         if not self._mixes:
             return inputs, targets
         drawn = self._mixes[int(torch.randint(len(self._mixes), ()))]
@@ -102,19 +105,21 @@ class Classification(Task):
         return mixed
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Outputs [samples, classes]; targets [samples], or shares [samples, classes]."""
+        """The mean loss of outputs [samples, classes]; targets: [samples], or shares like
+        outputs.
+        """
         return functional.cross_entropy(outputs, targets, label_smoothing=self._smoothing)
 
     def meter(self, device: torch.device) -> "Accuracy":
-        """A fresh accumulator."""
+        """A meter that has counted nothing yet."""
         return Accuracy(device)
 
     def random_targets(self, outputs: Tensor, draw: torch.Generator) -> Tensor:
-        """A class for each sample."""
+        """A random class for each sample: int64 [samples]."""
         return torch.randint(outputs.shape[1], (len(outputs),), generator=draw)
 
     def check(self, outputs: Any, targets: Tensor) -> None:
-        """One class for each sample, among those that the model knows."""
+        """Raises UserError unless there is one class for each sample, and the model knows it."""
         _check_shape(outputs, targets, (len(targets),))
         if self._mixes and self._classes != outputs.shape[1]:
             raise UserError(
@@ -124,7 +129,7 @@ class Classification(Task):
         self.check_labels(outputs, targets)
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
-        """Integers from 0 to the model's classes."""
+        """Raises UserError unless labels are integers from 0 to the model's classes − 1."""
         _check_range(outputs.shape[1], labels)
 
 
@@ -135,12 +140,12 @@ class Accuracy:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """One batch: outputs [samples, classes], targets [samples]."""
+        """Count a batch of outputs [samples, classes] and targets [samples]."""
         self.counts[0] += (outputs.argmax(1) == targets).sum()
         self.counts[1] += len(targets)
 
     def value(self) -> float:
-        """Correct over all."""
+        """The share of samples that were right."""
         correct, samples = self.counts.tolist()
         return correct / samples if samples else float("nan")
 
@@ -158,7 +163,10 @@ class Segmentation(Task):
         self._classes, self._ignore, self._auxiliary = classes, ignore, auxiliary
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Targets: integers [samples, height, width]. Zero where every pixel is ignored."""
+        """The mean loss over pixels; targets: integers [samples, height, width].
+
+        It is zero where every pixel is ignored.
+        """
         loss = self._one(_logits(outputs), targets)
         if isinstance(outputs, dict) and "aux" in outputs:
             loss = loss + self._auxiliary * self._one(outputs["aux"], targets)
@@ -172,16 +180,16 @@ class Segmentation(Task):
         return total / (targets != self._ignore).sum().clamp(min=1)
 
     def meter(self, device: torch.device) -> "MeanIoU":
-        """A fresh accumulator."""
+        """A meter that has counted nothing yet."""
         return MeanIoU(self._classes, self._ignore, device)
 
     def random_targets(self, outputs: Any, draw: torch.Generator) -> Tensor:
-        """A class for each pixel."""
+        """A random class for each pixel: uint8 [samples, height, width]."""
         samples, classes, *shape = _logits(outputs).shape
         return torch.randint(classes, (samples, *shape), generator=draw, dtype=torch.uint8)
 
     def check(self, outputs: Any, targets: Tensor) -> None:
-        """One class for each pixel of the logits, among those that the model knows."""
+        """Raises UserError unless there is one class, that the model knows, for each pixel."""
         logits = _logits(outputs)
         if logits.shape[1] != self._classes:
             raise UserError(
@@ -192,7 +200,7 @@ class Segmentation(Task):
         self.check_labels(outputs, targets)
 
     def check_labels(self, outputs: Any, labels: Tensor) -> None:
-        """Integers from 0 to the model's classes, or `ignore`."""
+        """Raises UserError unless labels are below the model's classes, or `ignore`."""
         _check_range(_logits(outputs).shape[1], labels[labels != self._ignore])
 
 
@@ -204,7 +212,7 @@ class MeanIoU:
         self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
     def add(self, outputs: Any, targets: Tensor) -> None:
-        """One batch of logits (or a dict with "out") and targets [samples, height, width]."""
+        """Count a batch of logits (or a dict with "out") and targets [samples, height, width]."""
         predicted, seen, classes = (
             _logits(outputs).argmax(1),
             targets != self._ignore,
@@ -214,7 +222,7 @@ class MeanIoU:
         self.counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
     def value(self) -> float:
-        """0 to 1; NaN without pixels."""
+        """The mean over classes, from 0 to 1; NaN without pixels."""
         counts = self.counts.double()
         common = counts.diag()
         union = counts.sum(0) + counts.sum(1) - common

@@ -1,4 +1,4 @@
-"""Import torchvision on any build of torch."""
+"""Import torchvision, or timm, on any build of torch."""
 
 import importlib
 from types import ModuleType
@@ -15,7 +15,7 @@ _OPERATORS = {
 
 
 def torchvision(module: str = "torchvision") -> ModuleType:
-    """`import module` (torchvision, a part of it, or timm) after making torchvision importable."""
+    """The imported `module`: torchvision, a part of it, or timm, which needs it."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:

@@ -1,11 +1,16 @@
-"""Freeze neurons at equilibrium (NEq, NeurIPS 2022) in an ordinary PyTorch training loop."""
+"""Freeze neurons at equilibrium (NEq, NeurIPS 2022) in an ordinary PyTorch training loop.
 
+README.md beside this file explains how a backward skips rows. `neq.parallel` is what data-parallel
+processes agree on; without torch.distributed its functions do nothing.
+"""
+
+from neq import parallel
 from neq.equilibrium import Reading
 from neq.freezer import NeuronFreezer
 from neq.gradients import Gradient, LayerPlan, plan
 from neq.neurons import Layer, NeuronIndex
 from neq.policies import AtEquilibrium, Everyone, FreezeAfter, Policy, Random, SmallestVelocity
-from neq.timings import Timings, measure
+from neq.timings import Timings, measure, stopwatch
 
 __all__ = [
     "AtEquilibrium",
@@ -22,5 +27,7 @@ __all__ = [
     "SmallestVelocity",
     "Timings",
     "measure",
+    "parallel",
     "plan",
+    "stopwatch",
 ]

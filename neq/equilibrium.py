@@ -1,4 +1,4 @@
-"""How much each neuron's output changed since the last epoch: phi, delta-phi, velocity.
+"""How much each neuron's output has changed since the last epoch: phi, delta-phi, velocity.
 
 phi is the cosine between a neuron's outputs on the validation set now and one epoch ago (NEq,
 equation 2). Nothing is stored between epochs but last epoch's parameters and buffers: both models
@@ -29,7 +29,10 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """phi, delta-phi and velocity after an epoch: float64 [neurons], NaN until defined."""
+    """phi, delta-phi and velocity of all neurons after an epoch: float64 [neurons] each.
+
+    They are NaN until they are defined.
+    """
 
     phi: Tensor
     delta_phi: Tensor
@@ -37,11 +40,11 @@ class Reading:
 
     @classmethod
     def undefined(cls, neurons: int) -> Self:
-        """The reading before any epoch: all NaN."""
+        """The reading of so many neurons before any epoch: all NaN."""
         return cls(*(torch.full((neurons,), torch.nan, dtype=torch.float64) for _ in range(3)))
 
     def advance(self, phi: Tensor, *, mu: float, recursion: Recursion) -> "Reading":
-        """The next epoch's reading from its `phi` [neurons].
+        """The reading after the next epoch, from its `phi`: float64 [neurons].
 
         "paper" (section 3.2): v = delta − mu · v_before, the first v being the first delta.
         "reference" (the authors' code): v = delta − delta_before + mu · v_before, starting from
@@ -56,7 +59,7 @@ class Reading:
 
 
 def snapshot(model: nn.Module) -> State:
-    """Copies of all parameters and buffers, to be given to `phi` one epoch later."""
+    """Copies of all parameters and buffers, by name, to be given to `phi` one epoch later."""
     with torch.inference_mode(False):
         return {name: tensor.detach().clone() for name, tensor in _state(model).items()}
 
@@ -72,7 +75,8 @@ def phi(
     neurons: NeuronIndex,
     similarity: Similarity,
 ) -> Tensor:
-    """Cosine of each neuron's outputs between `model` and its state `before`: float64 [neurons].
+    """phi of each neuron: the cosine of its outputs now and in the state `before`. float64
+    [neurons].
 
     "dataset" (the paper): all outputs concatenated, one cosine. "sample" (the authors' code): the
     mean of one cosine per sample, samples being the outermost axis of every output. Both outputs
@@ -83,21 +87,21 @@ def phi(
     Raises ValueError where `batches` is empty, TypeError for an input that is no tensor.
     """
     device = next(model.parameters()).device
-    comparison = _Comparison(neurons, similarity)
-    with _evaluation(model, device), comparison.hooks():
+    outputs = _OutputSums(neurons, similarity)
+    with _evaluation(model, device), outputs.hooks():
         for batch in batches:
             inputs = _inputs(batch, device)
             if not len(inputs):
                 continue
-            comparison.begin(inputs.shape[0])
+            outputs.begin(inputs.shape[0])
             functional_call(model, _arguments(model, before), (inputs,))
-            comparison.recording = False
+            outputs.recording = False
             functional_call(model, _arguments(model, _state(model)), (inputs,))
-            comparison.end()
-    return comparison.result(device)
+            outputs.end()
+    return outputs.result(device)
 
 
-class _Comparison:
+class _OutputSums:
     """Per-neuron sums over the outputs of two runs; holds the outputs of one batch at a time."""
 
     def __init__(self, neurons: NeuronIndex, similarity: Similarity) -> None:

@@ -19,7 +19,7 @@ FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 
 
 class NeuronFreezer:
-    """Freezes the neurons that `policy` names; the training loop stays as it is.
+    """Freezes the neurons of `model` that `policy` names; the training loop stays as it is.
 
     Call `update(validation_batches)` once before epoch 0 (nothing freezes yet) and after every
     epoch. A frozen row is bit-identical at the end of the epoch under any torch optimizer but
@@ -91,7 +91,7 @@ class NeuronFreezer:
                 self.reading = self.reading.advance(
                     values, mu=self.policy.mu, recursion=self.policy.recursion
                 )
-            self._before = None  # one copy at a time
+            self._before = None  # let go of the old copy first: one at a time is enough memory
             self._before = snapshot(self._model)
         mask = torch.zeros_like(self.frozen)
         if self.epoch:
@@ -101,18 +101,21 @@ class NeuronFreezer:
 
     @property
     def plan(self) -> dict[str, LayerPlan]:
-        """How the backward of each layer is computed at the moment, by layer name."""
+        """How the backward of each layer is computed now: layer name → LayerPlan."""
         return self._gradients.plan
 
     @torch.no_grad()
     def freeze(self, mask: Tensor) -> None:
-        """Freeze exactly the neurons of `mask` (bool [neurons]) that are not excluded."""
+        """Freeze the neurons of `mask` (bool [neurons]) that are not excluded, and no others.
+
+        Raises ValueError for a mask of another type or shape.
+        """
         if mask.dtype != torch.bool or mask.shape != self.frozen.shape:
             raise ValueError(
                 f"mask must be bool [{len(self.neurons)}], got {mask.dtype} {list(mask.shape)}"
             )
         before, self.frozen = self.frozen, mask.cpu() & self._freezable
-        self._gradients.select(self.frozen, self.timings)
+        self._gradients.freeze(self.frozen, self.timings)
         self._gradients.apply()
         self._reset_first_moments(before | self.frozen)
 
@@ -132,7 +135,9 @@ class NeuronFreezer:
         self._gradients.complete()
         self._complete_momentum()
         frozen = [*self._gradients.partly_frozen()]
-        if len(arguments) > 1 or keywords:  # a closure: gradients change after this
+        if len(arguments) > 1 or keywords:
+            # A closure runs the backward again inside the step, after this: even a parameter whose
+            # gradient is None now may get one.
             frozen += self._gradients.wholly_frozen()
         self._kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen]
 
@@ -151,13 +156,13 @@ class NeuronFreezer:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        # Weight decay and second-moment optimizers move rows whose gradient is zero.
+        # Weight decay and second moments move rows whose gradient is zero: put them back.
         for parameter, rows, values in self._kept:
             parameter.index_copy_(0, rows, values)
         self._kept = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs: tensors and plain values, copied."""
+        """Everything that a resumed run needs, as copies: tensors and plain values."""
         return {
             "layers": {name: part.stop - part.start for name, part in self.neurons.items()},
             "epoch": self.epoch,
@@ -170,7 +175,7 @@ class NeuronFreezer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; raises ValueError for another model's state."""
+        """Go on where `state_dict` was taken; raises ValueError for the state of another model."""
         layers = {name: part.stop - part.start for name, part in self.neurons.items()}
         if state["layers"] != layers:
             raise ValueError("the state belongs to a model with other layers or sizes")
@@ -186,7 +191,7 @@ class NeuronFreezer:
         self._before = before or None
 
     def remove(self) -> None:
-        """Unhook from model and optimizer: plain training from here on."""
+        """Let go of model and optimizer: from here on training is plain."""
         self.freeze(torch.zeros_like(self.frozen))
         self._gradients.remove()
         for hook in self._hooks:

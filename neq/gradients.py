@@ -1,4 +1,7 @@
-"""Gradients for the rows that train, and for no others: plans each layer's backward for a mask."""
+"""Gradients for the rows that train, and for no others: plans each layer's backward for a mask.
+
+README.md beside this file tells how the parts work together.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neq.kernels import rows_for
 from neq.neurons import Layer, NeuronIndex
-from neq.selective import Work, geometry, select, selecting
+from neq.selective import Work, assign, geometry, selecting
 from neq.timings import Timings
 
 Gradient = Literal["exact", "cut"]
@@ -20,9 +23,11 @@ Gradient = Literal["exact", "cut"]
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """How one layer's backward is computed: `kernel` is "dense", "skip" or a name of
-    neq.kernels, `rows` how many rows of its weight gradient that computes; with `cut` the input
-    gradient comes from the same rows alone.
+    """How one layer's backward is computed.
+
+    `kernel`: "dense" (all rows), "skip" (none) or a name of neq.kernels; `rows`: how many rows of
+    the weight gradient that computes; `cut`: whether the input gradient comes from the same rows
+    alone.
     """
 
     kernel: str
@@ -50,8 +55,8 @@ class SelectiveGradients:
         self._tie: RemovableHandle | None = None
         self.plan: dict[str, LayerPlan] = {}
 
-    def select(self, frozen: Tensor, timings: Timings) -> None:
-        """Frozen from now on: bool [neurons of the whole index]."""
+    def freeze(self, frozen: Tensor, timings: Timings) -> None:
+        """Plan the backward of every layer for `frozen`, bool [neurons of the whole index]."""
         self._forget()
         self.plan = {}
         for layer in self._layers:
@@ -63,8 +68,8 @@ class SelectiveGradients:
                     self._whole[parameter] = None
                 else:
                     self._rows[parameter] = rows.to(parameter.device)
-            work = _work(layer, mask, self._cut, timings) if self._selective else None
-            select(layer.module, work)
+            work = _choose_work(layer, mask, self._cut, timings) if self._selective else None
+            assign(layer.module, work)
             self.plan[layer.name] = _plan(layer, work, self._cut)
         self._tie_whole()
 
@@ -72,6 +77,7 @@ class SelectiveGradients:
         if self._tie is not None:
             self._tie.remove()
             self._tie = None
+        # The graph reaches these no more, and DistributedDataParallel waits for their hooks.
         tied = [p for p in (*self._whole, *self._loose) if p.requires_grad]
         if tied and self._selective:
             self._tie = self._model.register_forward_hook(_Tie(tied))
@@ -91,15 +97,18 @@ class SelectiveGradients:
             self._handles.append(hook)
 
     def partly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """(parameter, indices of its frozen rows), for those with rows of both kinds."""
+        """(parameter, indices of its frozen rows) for each parameter with rows of both kinds."""
         return self._rows.items()
 
     def wholly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """(parameter, indices of all its rows), for those with frozen rows alone."""
+        """(parameter, indices of all its rows) for each parameter with frozen rows alone."""
         return ((p, torch.arange(len(p), device=p.device)) for p in self._whole)
 
     def apply(self) -> None:
-        """Clear what the hooks could not see: gradients that were there before, or assigned."""
+        """Clear gradients that the hooks could not see: those that were there before, or assigned.
+
+        A gradient that a hook has cleared, and nobody has touched since, is passed over.
+        """
         for parameter in (*self._whole, *self._rows):
             gradient, version = self._cleared.get(parameter, (None, 0))
             if gradient is None or gradient is not parameter.grad or gradient._version != version:
@@ -107,7 +116,7 @@ class SelectiveGradients:
         self._cleared.clear()
 
     def complete(self) -> None:
-        """Zeros where a layer frozen whole has cut a trainable parameter off."""
+        """Give zeros as gradient to trainable parameters that a layer frozen whole has cut off."""
         for parameter in self._loose:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -118,15 +127,15 @@ class SelectiveGradients:
             return
         if rows is None:
             if parameter in self._whole:
-                parameter.grad = None
+                parameter.grad = None  # not zeros: the optimizer then leaves its state alone, too
             return
         gradient.detach().index_fill_(0, rows, 0)
         self._cleared[parameter] = gradient, gradient._version
 
     def remove(self) -> None:
-        """Back to plain layers and gradients."""
+        """Make layers and gradients plain again."""
         for layer in self._layers:
-            select(layer.module, None)
+            assign(layer.module, None)
         self._forget()
         self._tie_whole()
 
@@ -139,7 +148,11 @@ class SelectiveGradients:
         self._cleared.clear()
 
 
-def _work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> Work | None:
+def _choose_work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> Work | None:
+    """Which kernel computes which rows of `layer`; None where all are computed as ever.
+
+    `frozen`: bool [neurons of the layer].
+    """
     if not bool(frozen.any()):
         return None
     frozen, shape = frozen.to(layer.parameters[0].device), geometry(layer.module)
@@ -169,14 +182,15 @@ def plan(
     gradient: Gradient = "exact",
     timings: Timings | None = None,
 ) -> dict[str, LayerPlan]:
-    """What a NeuronFreezer does, by layer name, with bool `frozen` [neurons].
+    """How a NeuronFreezer computes each layer, by name, while `frozen` (bool [neurons]) stand
+    still.
 
-    Of a layer whose own forward is never called, because a function uses its weight, the frozen
-    rows are computed and cleared, whatever stands here.
+    Not so for a layer whose own forward is never called because a function uses its weight: there
+    all rows are computed, and the frozen ones cleared afterwards.
     """
     timings, cut = timings or Timings(), gradient == "cut"
     return {
-        layer.name: _plan(layer, _work(layer, frozen[layer.neurons], cut, timings), cut)
+        layer.name: _plan(layer, _choose_work(layer, frozen[layer.neurons], cut, timings), cut)
         for layer in neurons.layers
     }
 
@@ -196,6 +210,7 @@ class _Tie:
             return output
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         graph = any(t.requires_grad for t in tensors)
+        # With a graph and one process nothing waits for these parameters.
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         if graph and not parallel:
             return output

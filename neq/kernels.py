@@ -1,4 +1,4 @@
-"""Gradients of convolutions for some of their rows, from aten's own kernels.
+"""Weight gradients of convolutions for some of their rows, by aten's own kernels.
 
 A kernel takes gathered gradient channels and returns the rows of the weight gradient that belong to
 them. All cost the same FLOPs; which one is fast depends on shape, rows, precision and machine.
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Rows of a layer that its backward computes; all tensors int64.
+    """The rows of a layer that its backward computes, as int64 tensors.
 
-    `index` [computed]: sorted, as many of each group that takes part. `others`: the remaining rows.
-    `fillers`: computed ones that do not train. `inputs`: input channels that the `groups` read
-    which take part, None for all.
+    `index` [computed]: those rows, sorted, as many of each group that takes part; `others`: the
+    remaining rows; `fillers`: computed ones that do not train. `groups`: how many take part;
+    `inputs`: the input channels that they read, None for all.
     """
 
     index: Tensor
@@ -38,23 +38,26 @@ class Rows:
         return Rows(index, others, fillers, inputs, self.groups)
 
     def gather(self, gradient: Tensor) -> Tensor:
-        """The computed channels of `gradient` (axis 1)."""
+        """The channels (axis 1) of the output's `gradient` that belong to the computed rows."""
         return channels(gradient, self.index) if len(self.others) else gradient
 
     def scatter(self, computed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-        """The rows [computed, …] in their places, zeros elsewhere."""
+        """The full gradient of `shape` and `stride`: computed rows in their places, zeros
+        elsewhere.
+        """
         full = computed.new_empty_strided(shape, stride)
         full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
         return full.index_fill_(0, self.fillers, 0) if len(self.fillers) else full
 
     def weights(self, weight: Tensor) -> Tensor:
-        """The rows of `weight` [computed, …], zeros for those that do not train."""
+        """The computed rows of `weight`: [computed, …], with zeros for fillers."""
         masked = weight.index_fill(0, self.fillers, 0) if len(self.fillers) else weight
         return masked.index_select(0, self.index) if len(self.others) else masked
 
 
-def choose(frozen: Tensor, groups: int = 1, inputs: int = 1, multiple: int = 1) -> Rows:
-    """The rows to compute for bool `frozen` [neurons], at least one of which trains.
+def choose_rows(frozen: Tensor, groups: int = 1, inputs: int = 1, multiple: int = 1) -> Rows:
+    """The rows to compute while `frozen` (bool [neurons]) stand still, at least one of which
+    trains.
 
     Groups without a trainable row are left out, the others get equal counts, rounded up to a
     `multiple` where there are as many rows. `inputs`: channels of the layer's input.
@@ -76,7 +79,7 @@ def choose(frozen: Tensor, groups: int = 1, inputs: int = 1, multiple: int = 1) 
 
 
 def everything(frozen: Tensor, groups: int = 1) -> Rows:
-    """All rows, whichever train."""
+    """All rows as Rows, whichever of them train."""
     return _rows(frozen.cpu(), torch.arange(len(frozen)), None, groups, frozen.device)
 
 
@@ -109,7 +112,7 @@ def channels(tensor: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A convolution: shape of its weight, and arguments of aten::convolution."""
+    """A convolution: the shape of its weight, and its arguments as aten::convolution takes them."""
 
     weight: tuple[int, ...]
     stride: tuple[int, ...]
@@ -118,17 +121,17 @@ class Geometry:
     groups: int
 
     def forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output."""
+        """The output of the convolution."""
         zeros = (0,) * len(self.stride)
         arguments = self.stride, self.padding, self.dilation, False, zeros, self.groups
         return torch.convolution(inputs, weight, bias, *arguments)
 
     def input_gradient(self, gradient: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Exact and dense; of `inputs` only shape and layout matter."""
+        """The exact, dense gradient of the input; of `inputs` only shape and layout matter."""
         return self._backward(gradient, inputs, weight, 0)
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor) -> Tensor:
-        """Of as many rows as `gradient` has channels."""
+        """The weight gradient of as many rows as `gradient` has channels."""
         weight = gradient.new_empty(gradient.shape[1], *self.weight[1:])
         return self._backward(gradient, inputs, weight, 1)
 
@@ -156,7 +159,7 @@ Kernel = Callable[[Tensor, Tensor, Geometry, Rows], Tensor]
 
 
 def gather(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Tensor:
-    """Weight gradient [computed, …] by the dense kernel on fewer channels."""
+    """The weight gradient [computed, …] by the dense kernel, on fewer channels."""
     if rows.inputs is not None:
         inputs = channels(inputs, rows.inputs)
     return replace(geometry, groups=rows.groups).weight_gradient(chosen, inputs)
@@ -165,7 +168,8 @@ def gather(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Te
 def swap(
     chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows, *, chunk: int | None = None
 ) -> Tensor:
-    """The same where `geometry.swaps`: the convolution whose input is the gradient.
+    """The weight gradient where `geometry.swaps`: input and gradient change places in a
+    convolution.
 
     Its kernel positions come out reversed. oneDNN has a fast case for up to three channels.
     """
@@ -188,7 +192,7 @@ def swap_last(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) ->
 
 
 def matmul(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Tensor:
-    """The same where `geometry.multiplies`."""
+    """The weight gradient where `geometry.multiplies`: one matrix product for each sample."""
     everywhere: tuple[Any, ...] = (slice(None), slice(None))
     strided = inputs[everywhere + tuple(slice(None, None, s) for s in geometry.stride)]
     products = torch.bmm(chosen.flatten(2), strided.flatten(2).transpose(1, 2))
@@ -213,11 +217,14 @@ def rows_for(kernel: str, frozen: Tensor, shape: Geometry | None) -> Rows:
     groups, inputs = (1, 1) if shape is None else (shape.groups, shape.groups * shape.weight[1])
     if kernel == "dense":
         return everything(frozen, groups)
-    return choose(frozen, groups, inputs, MULTIPLES.get(kernel, 1))
+    return choose_rows(frozen, groups, inputs, MULTIPLES.get(kernel, 1))
 
 
 def candidates(geometry: Geometry | None, inputs: Tensor, dtype: torch.dtype) -> list[str]:
-    """Kernels worth a trial on `inputs` in that precision; a geometry of None: a linear layer."""
+    """Names of the kernels that are worth timing on `inputs`; a geometry of None: a linear layer.
+
+    `dtype`: in which the products are computed.
+    """
     half, cuda = dtype in (torch.float16, torch.bfloat16), inputs.is_cuda
     plain = inputs.is_contiguous()
     names = ["gather"] + ["gather/8"] * (half and cuda)

@@ -31,7 +31,11 @@ NEURON_AXIS: dict[type[nn.Module], int] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """One layer of the index: row i of each parameter belongs to neuron `neurons.start + i`."""
+    """One layer of the index.
+
+    `neurons`: its slice of the index; row i of each of its parameters belongs to neuron
+    `neurons.start + i`. `axis`: the axis of its output that holds its neurons.
+    """
 
     name: str
     module: nn.Module
@@ -40,7 +44,7 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Number of neurons."""
+        """How many neurons the layer has."""
         return int(self.neurons.stop - self.neurons.start)
 
     @property
@@ -50,7 +54,7 @@ class Layer:
 
 
 class NeuronIndex:
-    """The neurons of a model, in the order in which its modules are registered.
+    """All neurons of a model in one flat index, in the order in which its modules are registered.
 
     `len()` is the number of neurons; `index["layer1.0.conv1"]` is that layer's slice;
     `.items()` yields (layer name, slice). `.unsupported` maps the other modules that hold
@@ -97,7 +101,7 @@ class NeuronIndex:
         return self._slices.items()
 
     def select(self, names: Iterable[str]) -> Tensor:
-        """Bool [neurons]: True for the layers named, each by its name or a dotted prefix of it.
+        """A mask, bool [neurons]: True for the layers named, by their names or dotted prefixes.
 
         Raises ValueError for a name that matches no layer.
         """

@@ -13,11 +13,11 @@ from neq.neurons import NeuronIndex
 
 
 class Policy(Protocol):
-    """What NeuronFreezer asks of a policy."""
+    """What NeuronFreezer asks of a policy: who stands still in the coming epoch."""
 
     @property
     def needs_velocity(self) -> bool:
-        """Whether the validation set is evaluated at all."""
+        """Whether the policy looks at velocities; if not, no validation sample is evaluated."""
         ...
 
     @property
@@ -31,7 +31,10 @@ class Policy(Protocol):
         ...
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
-        """Bool [neurons]: who stands still in `epoch` (≥ 1), given `velocity` float64 [neurons]."""
+        """The mask of who stands still in `epoch` (≥ 1): bool [neurons].
+
+        `velocity`: float64 [neurons], NaN where it is not defined.
+        """
         ...
 
 
@@ -47,7 +50,7 @@ class Everyone(_NoVelocity):
     """All neurons train: plain training."""
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
-        """Nobody."""
+        """Nobody: a mask of False."""
         return torch.zeros(len(neurons), dtype=torch.bool)
 
 
@@ -62,13 +65,13 @@ class FreezeAfter(_NoVelocity):
             raise ValueError(f"epoch must be at least 1, got {self.epoch}: epoch 0 always trains")
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
-        """Everybody from `self.epoch` on."""
+        """Everybody from `self.epoch` on, before that nobody."""
         return torch.full((len(neurons),), epoch >= self.epoch)
 
 
 @dataclass(frozen=True, slots=True)
 class Random(_NoVelocity):
-    """floor((1 − keep) · C) neurons of each layer, drawn anew every epoch from `seed`."""
+    """Freezes floor((1 − keep) · C) of the C neurons of each layer, drawn anew every epoch."""
 
     keep: float
     seed: int = 0
@@ -77,7 +80,7 @@ class Random(_NoVelocity):
         _check_keep(self.keep)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
-        """A draw that depends on (seed, epoch) alone, so that it needs no state."""
+        """A draw that depends on (seed, epoch) alone, so that resuming needs no state."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         mask = torch.zeros(len(neurons), dtype=torch.bool)
         for _, part in neurons.items():
@@ -89,7 +92,7 @@ class Random(_NoVelocity):
 
 @dataclass(frozen=True, slots=True)
 class AtEquilibrium:
-    """Neurons whose |velocity| is below `eps` (NEq, section 3.2).
+    """Freezes neurons whose |velocity| is below `eps` (NEq, section 3.2).
 
     `recursion="paper"` compares strictly; `"reference"`, the authors' code, with ≤.
     """
@@ -105,14 +108,16 @@ class AtEquilibrium:
         _check_mu(self.mu, self.recursion)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
-        """Those at equilibrium; an undefined (NaN) velocity is not."""
+        """Those at equilibrium; a neuron whose velocity is NaN is not."""
         speed = velocity.abs()
         return speed < self.eps if self.recursion == "paper" else speed <= self.eps
 
 
 @dataclass(frozen=True, slots=True)
 class SmallestVelocity:
-    """floor((1 − keep) · C) neurons of each layer, those with the smallest |velocity|."""
+    """Freezes floor((1 − keep) · C) of the C neurons of each layer: those with the least
+    |velocity|.
+    """
 
     keep: float
     mu: float = 0.5
@@ -124,7 +129,7 @@ class SmallestVelocity:
         _check_mu(self.mu, self.recursion)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
-        """The slowest of each layer, the first of equals; an undefined velocity never freezes."""
+        """The slowest of each layer, of equals the first; a neuron whose velocity is NaN trains."""
         mask = torch.zeros(len(neurons), dtype=torch.bool)
         speed = velocity.abs().nan_to_num(torch.inf)
         for _, part in neurons.items():

@@ -3,6 +3,7 @@
 A layer takes on one of these classes while some of its neurons are frozen, and its own again
 afterwards: parameters, buffers, hooks and `state_dict` stay as they are. Without gradients, under
 torch.compile, under torch.func's transforms and in forward mode it computes like the plain layer.
+README.md beside this file tells why it is done so.
 """
 
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from neq.kernels import KERNELS, Geometry, Rows, channels
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """What a layer's backward does: `kernel` computes `rows`, None where every neuron is frozen.
+    """What the backward of a layer does.
 
+    `kernel`: the name of the one that computes `rows`, which are None where every neuron is frozen.
     `cut`: the input gradient flows through trainable neurons only. `shape`: of a convolution.
     """
 
@@ -35,9 +37,12 @@ class Work:
 WORK = "_neq_work"
 
 
-def select(module: nn.Module, work: Work | None) -> None:
-    """Let the backward of `module`, a supported layer, do `work`; None: all of it, as ever."""
+def assign(module: nn.Module, work: Work | None) -> None:
+    """Let the backward of `module`, a supported layer, do `work`; None: be the plain layer
+    again.
+    """
     plain = plain_type(module)
+    # Another class, not another module: parameters, buffers, hooks and keys stay as they are.
     if work is None:
         module.__class__ = plain
         module.__dict__.pop(WORK, None)
@@ -47,12 +52,12 @@ def select(module: nn.Module, work: Work | None) -> None:
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The module's own type, whatever is selected."""
+    """The type that the module was made with, whatever class it has taken on."""
     return type(module).plain if isinstance(module, _Selective) else type(module)
 
 
 def geometry(module: nn.Module) -> Geometry | None:
-    """Of a convolution; None for another layer.
+    """The geometry of a convolution; None for any other layer.
 
     Padding that the kernels don't do is left out, and one dimension is made two, as aten does: its
     output is then no view, which could not be changed in place.
@@ -106,7 +111,10 @@ class _Selective(nn.Module):
 
 
 def selecting() -> bool:
-    """Whether a backward may follow that these layers know how to shorten."""
+    """Whether a backward may follow that these layers know how to shorten.
+
+    torch.compile and torch.func trace a forward: they must see the plain layer.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return torch.is_grad_enabled() and forward_ad._current_level < 0
@@ -116,6 +124,8 @@ class _Convolution(_Selective):
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if not selecting():
             return super()._conv_forward(inputs, weight, bias)  # type: ignore[misc]
+        # Frozen whole: with its parameters detached autograd itself stops where nothing upstream
+        # trains. Toggling requires_grad would break DistributedDataParallel at the next step.
         if self._neq_work.rows is None:
             weight, bias = _detached(weight), _detached(bias)
         inputs = self._reached(inputs)
@@ -124,6 +134,8 @@ class _Convolution(_Selective):
         if _pads(self):
             inputs = _pad(inputs, self)
         inputs, weight, bias = _cast(inputs, weight, bias)
+        # aten lifts one dimension to two as well; done here, the output is no view of a function's
+        # output, which could not be changed in place.
         if inputs.dim() == 3:
             lifted = inputs.unsqueeze(2), weight.unsqueeze(2), bias
             return _convolution(*lifted, self._neq_work).squeeze(2)
@@ -198,7 +210,7 @@ def _needed(ctx: Any) -> tuple[bool, bool, bool]:
 
     needs_input_grad stays true for what `autograd.grad` does not ask for.
     """
-    nodes = [node for node, _ in ctx.next_functions] + [None]  # there is none for no bias
+    nodes = [node for node, _ in ctx.next_functions] + [None]  # a bias that is None has no node
     inputs, weight, bias = (_executes(node) for node in nodes[:3])
     return inputs, weight, bias
 
@@ -221,11 +233,12 @@ class _ConvolutionFunction(Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        if x is None:
-            x = gradient.new_empty_strided(*ctx.like)  # never read
+        if x is None:  # frozen whole: the input was not kept
+            x = gradient.new_empty_strided(*ctx.like)  # its values are never read
         work, shape = ctx.work, ctx.work.shape
         needs_input, needs_weight, needs_bias = _needed(ctx)
         by_input = by_weight = by_bias = None
+        # From all channels, frozen or not: what flows through a frozen neuron still counts.
         if needs_input and not work.cut:
             by_input = shape.input_gradient(gradient, x, weight)
         if work.rows is None:

@@ -1,7 +1,7 @@
 """Which kernel computes the weight gradient of a layer's rows: measured once, then looked up.
 
-Few frozen rows, small channels, odd counts: fewer rows are not always faster, and kernels round
-differently. A table that is kept makes the choice fast and repeatable.
+Fewer rows are not always faster: where few are frozen, where channels are few or their number is
+odd. And kernels round differently. A table that is kept makes the choice fast and repeatable.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neq.kernels import MOST, candidates, rows_for
 from neq.neurons import Layer, NeuronIndex
-from neq.selective import Work, geometry, select
+from neq.selective import Work, assign, geometry
 
 GAIN = 0.95  # a kernel is taken where its time is below this share of the dense backward's
 SECONDS = 0.1  # per shape, but at least two rounds
@@ -29,9 +29,10 @@ Table = Mapping[str, Mapping[str, Mapping[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of forward and backward by layer, kernel and computed rows; "dense" has all rows.
+    """Seconds of a forward and backward, by layer, kernel and number of computed rows.
 
-    For a layer that is not in `layers` gathered rows are taken up to half of them.
+    The kernel "dense" computes all rows. Where nothing is known of a layer, its rows are gathered
+    while at most half of them train.
     """
 
     layers: Table = field(default_factory=dict)
@@ -59,7 +60,7 @@ class Timings:
         return _bound(known.get(CUT, {}), rows) < known["dense"][size]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them back."""
+        """The table as plain values; `from_json` reads them back."""
         return {
             layer: {kernel: sorted(times.items()) for kernel, times in kernels.items()}
             for layer, kernels in self.layers.items()
@@ -67,7 +68,7 @@ class Timings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Timings":
-        """From `to_json`."""
+        """The inverse of `to_json`."""
         return cls(
             {
                 layer: {
@@ -153,7 +154,7 @@ def _time(layer: Layer, sample: _Sample) -> dict[str, dict[int, float]]:
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < 20 and time.perf_counter() - start < SECONDS):
         for kernel, rows, work in runs:
-            select(layer.module, work)
+            assign(layer.module, work)
             seconds = _once(layer.module, x, gradient)
             times = best.setdefault(kernel, {})
             times[rows] = min(seconds, times.get(rows, inf)) if rounds else inf
@@ -189,7 +190,7 @@ def _once(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
 
 @contextmanager
 def stopwatch(device: torch.device) -> Iterator[list[float]]:
-    """A list to which the seconds of the block are appended, the device's own work included."""
+    """Times the block: its seconds are appended to the list, the device's own work included."""
     seconds: list[float] = []
     _wait(device)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 
 FAILURES = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
 
@@ -19,14 +19,16 @@ def fetch(root: Path, folder: str, get: Callable[[Path], object], where: str) ->
 
     Does nothing where the folder is there; others wait. Raises UserError with `where` to get it.
     """
-    place = root / f".fetching-{folder}"
+    staging = root / f".fetching-{folder}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock"):
             if not (root / folder).is_dir():
-                shutil.rmtree(place, ignore_errors=True)
-                get(place)
-                (place / folder).rename(root / folder)
-                shutil.rmtree(place)
+                shutil.rmtree(staging, ignore_errors=True)
+                get(staging)
+                (staging / folder).rename(root / folder)
+                shutil.rmtree(staging)
     except FAILURES as error:
-        raise UserError(f"{root}: the data can't be downloaded ({line(error)}); {where}") from None
+        raise UserError(
+            f"{root}: the data can't be downloaded ({one_line(error)}); {where}"
+        ) from None

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 
 ROWS = 256  # copied at a time
 SCHEMA = pa.schema([("image", pa.large_binary()), ("label", pa.int64())])
@@ -83,7 +83,7 @@ def _check_complete(files: list[Path], part: str) -> None:
 
 
 def _copy(files: list[Path], path: Path) -> None:
-    """Of shards that have changed meanwhile, the old copy goes."""
+    """Remove the old copy of shards that have changed meanwhile."""
     part = path.name.rpartition("-")[0]
     for old in path.parent.glob(f"{part}-*.arrow"):
         old.unlink()
@@ -107,12 +107,12 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
         raise UserError(
             f"{file}: truncated, damaged, or without the columns image (struct with bytes) "
-            f"and label ({line(error)}); replace the file"
+            f"and label ({one_line(error)}); replace the file"
         ) from None
 
 
 def _followed(files: list[Path]) -> Iterable[Path]:
-    """With a bar on the error stream, where somebody looks at that."""
+    """The items, with a progress bar on the error stream where that is a terminal."""
     shown = sys.stderr.isatty()
     what = f"copying {len(files)} parquet files for reading at random"
     return track(files, what, console=Console(stderr=True), transient=True, disable=not shown)

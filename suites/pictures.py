@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 
 
 def decode(data: bytes | Path, where: str) -> Image.Image:
@@ -27,4 +27,4 @@ def _opened(data: bytes | Path, where: str, mode: str | None) -> Image.Image:
             image.load()
             return image.convert(mode) if mode else image.copy()
     except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} cannot be decoded ({line(error)}); replace it") from None
+        raise UserError(f"{where} cannot be decoded ({one_line(error)}); replace it") from None

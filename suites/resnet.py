@@ -61,7 +61,7 @@ def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential
 
 
 def resnet8() -> ResNet:
-    """For grey images in ten classes."""
+    """A network for grey images in ten classes: 490 neurons."""
     return ResNet(1, 16, 1, 10)
 
 

@@ -1,15 +1,58 @@
 import logging
+import os
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from uuid import uuid4
 
+# Several test processes share the cores; more threads than those would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from harness.cli import main
+from harness.run import ray_cluster
 from harness.vision import torchvision
+
+WAITING = {"test_faults", "test_together", "test_executors", "test_submit"}  # for other processes
+
+
+def pytest_collection_modifyitems(items):
+    """Spread the tests that mostly wait: each of several test processes has its share of them.
+
+    They lie evenly between the others, so that few of them compete for the cores at a time, and
+    the last tests are short ones, which who is done early takes from the rest.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    waiting = [item for item in items if item.module.__name__ in WAITING]
+    others = [item for item in items if item.module.__name__ not in WAITING]
+    each = -(-len(others) // workers)
+    items[:] = [
+        item
+        for number in range(workers)
+        for item in _spread(waiting[number::workers], others[number * each :][:each])
+    ]
+
+
+def _spread(few, many):
+    """`few` at even distances in the first nine tenths of `many`."""
+    step = 0.9 * len(many) / max(len(few), 1)
+    ends = [round(step * (number + 1)) for number in range(len(few))]
+    starts = [0, *ends]
+    for item, start, end in zip(few, starts, ends, strict=False):
+        yield item
+        yield from many[start:end]
+    yield from many[starts[-1] :]
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +91,62 @@ def bucket(object_store):
     return f"s3://{name}"
 
 
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextmanager
+def running_ray(folder, environment, *words):
+    """The address of a Ray head on this machine, started by hand, away from any other."""
+    port, client, agent = free_ports(3)
+    command = f"start --head --block --port {port} --num-cpus {os.cpu_count()} --temp-dir {folder}"
+    command += f" --ray-client-server-port {client} --dashboard-agent-listen-port {agent}"
+    command += " --min-worker-port 0 --max-worker-port 0"
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", *command.split(), *words],
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:  # asked politely it takes half a minute, and there is nothing to save
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+
+
+@pytest.fixture(scope="session")
+def ray_head():
+    """The address of a Ray that lasts as long as this test process: starting one takes seconds."""
+    open_to_all = {"RAY_AUTH_MODE": "disabled"}
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder,
+        running_ray(folder, open_to_all, "--include-dashboard=false") as address,
+    ):
+        limit = time.monotonic() + 60
+        while True:
+            with suppress(OSError):
+                ray_cluster.knock(address)
+                break
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        yield address
+
+
+@pytest.fixture
+def shared_ray(ray_head, monkeypatch):
+    """What says nothing else joins the test process's own Ray."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_head)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
 class Net(nn.Module):
     """Every kind of layer that matters, an in-place activation, and one dead neuron."""
 
@@ -79,6 +178,12 @@ class Net(nn.Module):
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
+
+
+def start_workers(function, arguments, count):
+    """`function(rank, *arguments)` in so many processes, which need not import torch again."""
+    get_context("forkserver").set_forkserver_preload(["harness.run.attempt"])
+    multiprocessing.start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 
 def train_epoch(model, optimizer, batches) -> None:

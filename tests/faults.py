@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +28,7 @@ import torch
 from trials import same
 
 from harness.storage import leases
-from harness.storage.locations import place
+from harness.storage.locations import open_location
 
 METHODS = "baseline,neq,neq-cut,random,smallest_velocity,freeze_after"
 MEASURED = {"peak_memory_bytes", "energy_joules"}
@@ -130,7 +131,7 @@ class Campaign:
 
     def _held(self):
         """(trial, lease) of all that is being computed."""
-        spot = place(self.root, "digits")
+        spot = open_location(self.root, "digits")
         found = [(key, leases.latest(spot, key)) for key in spot.names("leases")]
         return [
             (k, b)
@@ -208,11 +209,19 @@ def differences(quiet: Path, disturbed: Path) -> list[str]:
     return found
 
 
-def campaign(folder: Path, number: int, kills: int, draw: random.Random, epochs: int) -> Campaign:
+def campaign(
+    folder: Path,
+    number: int,
+    kills: int,
+    draw: random.Random,
+    epochs: int,
+    settings: Sequence[str] = (),
+) -> Campaign:
     """A quiet run of the suite, the same disturbed, and what differs in `wrong`."""
     seeds = f"{2 * number}-{2 * number + 1}"
     quiet, disturbed = folder / f"quiet{number}", folder / f"disturbed{number}"
     words = f"run digits --methods {METHODS} --seeds {seeds} --set recipe.epochs={epochs}".split()
+    words += [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "harness", *words, "--results"]
     subprocess.run(
         [*command, str(quiet), "--executor", "inline"], cwd=HERE, check=True, capture_output=True

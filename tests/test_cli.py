@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from trials import SMALL, assert_same_results, run
 
-from harness.run.preflight import check
+from harness.run.preflight import preflight
 from harness.run.trials import specs
 
 NEQBENCH = Path(sys.executable).parent / "neqbench"
@@ -108,7 +108,7 @@ def test_counted_is_executed(neqbench, what):
 
 
 def test_a_count_that_is_not_executed_is_exit_1(neqbench, monkeypatch):
-    monkeypatch.setattr("harness.commands.flops.counted_by_torch", lambda *_: [5, 7])
+    monkeypatch.setattr("harness.commands.flops.backward_flops_by_torch", lambda *_: [5, 7])
     done = neqbench("flops", "digits", "--verify", "--format", "json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["verify"]["measured"] == 5
@@ -294,7 +294,7 @@ def test_the_readme_s_sweeps_can_be_run():
         settings = [word for word in words if "=" in word]
         trials = specs(suite, settings, "baseline,neq", "0")
         for group in trials.groups():
-            check(group)
+            preflight(group)
         counts.append([len(group) for group in trials.groups()])
     assert counts == [[4], [3, 3]]
 
@@ -306,7 +306,7 @@ def test_the_readme_s_synthetic_lines_can_be_run():
         _, _, suite, *words = shlex.split(line)
         settings = [word for word in words if "=" in word]
         trials = specs(suite, settings, seeds="0", synthetic=True)
-        check(trials)
+        preflight(trials)
         assert {trial.data_name for trial in trials} == {"synthetic"}
 
 

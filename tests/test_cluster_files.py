@@ -76,7 +76,7 @@ def test_their_commands_are_commands(rayjob, ray_up):
         assert verb in names
         settings = [b for a, b in pairwise(options) if a == "--set"]
         assert set(options[::2]) <= {"--set", "--results"}
-        files.load(suite, settings)
+        files.load_suite(suite, settings)
 
 
 def test_versions_are_those_that_are_tested(rayjob, ray_up):

@@ -10,6 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import harness.data
+import harness.errors
+import harness.tasks
+import harness.vision
 from harness.data.memory import Images, Split, crop
 from harness.errors import UserError
 from harness.suite import files, parts
@@ -136,8 +140,8 @@ def brighter(indices):
 def test_digits_are_scikit_learn_s():
     from sklearn.datasets import load_digits
 
-    suite, folder = files.load("digits")
-    digits = parts.part(suite.data.load, folder)(suite.data)
+    suite, folder = files.load_suite("digits")
+    digits = parts.load_part(suite.data.load, folder)(suite.data)
     bunch = load_digits()
     counts = numpy.bincount(bunch.target)
     labels = torch.cat([digits.train.labels, digits.test.labels])
@@ -263,3 +267,13 @@ def test_the_real_images():
     batch = torch.cat([inputs for inputs, _ in opened.evaluate("test", 500)])
     assert batch.mean().abs() < 0.1  # the usual mean and spread fit these images
     assert batch.std() == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_names_that_suites_import():
+    """README and import strings of users' own suites."""
+    names = {"Data", "Images", "Samples", "Source", "Split", "Transform"}
+    assert names == set(harness.data.__all__)
+    assert all(hasattr(harness.data, name) for name in names)
+    assert issubclass(harness.errors.UserError, Exception)
+    assert harness.vision.torchvision().__name__ == "torchvision"
+    assert {"Classification", "Segmentation", "Task"} <= set(vars(harness.tasks))

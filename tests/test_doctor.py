@@ -142,7 +142,7 @@ def test_what_is_wrong_is_named_where_it_is(blobs, neqbench, what):
 
 SAMPLES = """
 
-from harness.data.streamed import Samples
+from harness.data import Samples
 from harness.tasks import Accuracy, Task
 import random, time
 

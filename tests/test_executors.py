@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from trials import assert_same_results, keep_tuning, small
+from trials import WIDE, assert_same_results, keep_tuning, small
 
 from harness.errors import UserError
 from harness.run.events import Started
 from harness.run.executors import Inline, Ray
-from harness.storage.recorder import Failure
-from harness.storage.schema import EpochRecord
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite import files
 
@@ -30,7 +29,7 @@ import os
 from pathlib import Path
 
 import torch
-from harness.suite import files
+from harness.suite import files, parts
 from harness.seeds import derive
 from suites.resnet import resnet8
 
@@ -38,8 +37,8 @@ HERE = Path(__file__).parent
 
 def load(options):
     (HERE / "pid").write_text(str(os.getpid()))
-    suite, folder = files.load("digits")
-    return parts.part("data:load", folder)(options)
+    suite, folder = files.load_suite("digits")
+    return parts.load_part("data:load", folder)(options)
 
 class Breaking(torch.nn.Module):
     def __init__(self):
@@ -56,7 +55,7 @@ class Breaking(torch.nn.Module):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def remains_of_a_cluster():
     """Ray's own folder says that a cluster is running which is long gone."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
@@ -69,7 +68,7 @@ def remains_of_a_cluster():
 @pytest.fixture
 def own_suite(tmp_path):
     folder = tmp_path / "own"
-    shutil.copytree(files.builtin()["digits"].parent, folder)
+    shutil.copytree(files.shipped_suites()["digits"].parent, folder)
     (folder / "data.py").unlink()
     (folder / "parts.py").write_text(PARTS)
     text = (folder / "suite.toml").read_text()
@@ -85,9 +84,12 @@ def records(events, spec):
     return [event for event in mine if isinstance(event, EpochRecord)]
 
 
-def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(tmp_path):
+def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(
+    tmp_path, remains_of_a_cluster
+):
+    """It starts a Ray of its own; the others join one that lasts."""
     methods = ("baseline", "neq", "random", "freeze_after")
-    specs = [small(method, "recipe.epochs=4") for method in methods]
+    specs = [small(method, "recipe.epochs=4", *WIDE) for method in methods]
     for root in ("inline", "ray"):
         keep_tuning(specs[0], tmp_path / root)
     list(Inline().run(specs, str(tmp_path / "inline")))
@@ -105,7 +107,7 @@ def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(tmp_path):
     assert (shared == min(os.cpu_count(), len(specs))).all()
 
 
-def test_a_killed_worker_comes_back_from_its_checkpoint(tmp_path, own_suite):
+def test_a_killed_worker_comes_back_from_its_checkpoint(tmp_path, own_suite, shared_ray):
     spec = small("neq", suite=str(own_suite))
     for root in ("through", "ray"):
         keep_tuning(spec, tmp_path / root)
@@ -124,7 +126,7 @@ def test_a_killed_worker_comes_back_from_its_checkpoint(tmp_path, own_suite):
     assert (row["state"], row["attempts"]) == ("done", 2)
 
 
-def test_a_second_attempt_that_fails_sooner_is_heard(tmp_path, own_suite):
+def test_a_second_attempt_that_fails_sooner_is_heard(tmp_path, own_suite, shared_ray):
     spec = small("neq", suite=str(own_suite))
     events = []
     for owner, event in Ray().run([spec], str(tmp_path)):
@@ -138,7 +140,7 @@ def test_a_second_attempt_that_fails_sooner_is_heard(tmp_path, own_suite):
     assert Store(tmp_path, "own").trial(spec.key)["state"] == "failed"
 
 
-def test_a_worker_that_always_dies_is_a_failure_in_the_end(tmp_path, own_suite):
+def test_a_worker_that_always_dies_is_a_failure_in_the_end(tmp_path, own_suite, shared_ray):
     spec = small("baseline", suite=str(own_suite))
     (own_suite / "parts.py").write_text("import os\nos._exit(1)")
     events = [event for _, event in Ray().run([spec], str(tmp_path))]
@@ -150,7 +152,7 @@ def test_a_worker_that_always_dies_is_a_failure_in_the_end(tmp_path, own_suite):
 
 
 @pytest.mark.parametrize("executor", [Inline, Ray])
-def test_a_trial_that_raises_does_not_stop_the_others(tmp_path, own_suite, executor):
+def test_a_trial_that_raises_does_not_stop_the_others(tmp_path, own_suite, executor, shared_ray):
     specs = [small("neq", seed=seed, suite=str(own_suite)) for seed in (0, 1, 2)]
     events = list(executor().run(specs, str(tmp_path)))
     (failure,) = [event for _, event in events if isinstance(event, Failure)]
@@ -163,7 +165,7 @@ def test_a_trial_that_raises_does_not_stop_the_others(tmp_path, own_suite, execu
     assert [len(records(events, spec)) for spec in specs] == [5, 2, 5]
 
 
-def test_more_than_the_machine_has(tmp_path):
+def test_more_than_the_machine_has(tmp_path, shared_ray):
     with pytest.raises(UserError, match="asks for 4096 CPUs and 0 GPUs, more than any node"):
         list(Ray().run([small("baseline", "resources.cpus=4096")], str(tmp_path)))
     for executor in (Inline(), Ray()):

@@ -16,11 +16,21 @@ from pathlib import Path
 import faults
 import pandas as pd
 import pytest
-from trials import SMALL, assert_same_results, heed_ctrl_c, keep_tuning, results, run, same, small
+from trials import (
+    NARROW,
+    SMALL,
+    assert_same_results,
+    heed_ctrl_c,
+    keep_tuning,
+    results,
+    run,
+    same,
+    small,
+)
 
 from harness.run.executors import Inline, Ray
 from harness.storage import leases
-from harness.storage.recorder import Failure
+from harness.storage.schema import Failure
 from harness.storage.store import Store
 from harness.suite import files
 
@@ -62,7 +72,7 @@ def test_a_short_campaign(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setattr(faults, "METHODS", "neq,random")
-    found = faults.campaign(tmp_path, 0, 4, random.Random(3), epochs=6)
+    found = faults.campaign(tmp_path, 0, 4, random.Random(3), epochs=6, settings=NARROW)
     assert found.wrong == []
     assert found.struck.total() > 0
 
@@ -113,7 +123,7 @@ def test_two_drivers_share_a_suite(tmp_path):
 def test_a_driver_that_is_killed_leaves_its_trials_to_another(tmp_path):
     """The second one waits for what the first one has, and takes over when it dies."""
     choice = ["--executor", "inline", "--methods", "neq", "--seeds", "0"]
-    more = ["--set", "recipe.epochs=80"]
+    more = ["--set", "recipe.epochs=40"]
     first = start(tmp_path, *choice, *more)
     wait_for(lambda: epochs(tmp_path) > 2)
     first.send_signal(signal.SIGSTOP)  # however long the second one takes to start
@@ -124,7 +134,7 @@ def test_a_driver_that_is_killed_leaves_its_trials_to_another(tmp_path):
     first.communicate()
     text, _ = second.communicate(timeout=120)
     assert second.returncode == 0
-    assert "done    digits neq seed 0: 80 epochs" in text
+    assert "done    digits neq seed 0: 40 epochs" in text
     assert pd.read_parquet(tmp_path / "digits/trials")["attempts"].tolist() == [2]
 
 
@@ -141,7 +151,7 @@ def little_disk(tmp_path):
 
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_a_full_disk(tmp_path, little_disk, executor):
+def test_a_full_disk(tmp_path, little_disk, executor, shared_ray):
     choice = ["--executor", executor, "--methods", "neq", "--seeds", "0"]
     spec = small("neq", "recipe.epochs=24")
     keep_tuning(spec, little_disk)
@@ -166,7 +176,7 @@ def test_a_full_disk(tmp_path, little_disk, executor):
     assert_same_results(spec, tmp_path / "enough", little_disk)
 
 
-def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path, shared_ray):
     more = ["--methods", "neq,random", "--seeds", "0", "--set", "recipe.epochs=200"]
     process = start(tmp_path, *more)
     wait_for(lambda: epochs(tmp_path) > 2)
@@ -175,7 +185,7 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert error.startswith("interrupted; go on with: neqbench run digits --set data.train_size")
     assert error.count("\n") == 1
-    spot = Store(tmp_path, "digits").place
+    spot = Store(tmp_path, "digits").location
     for key in spot.names("leases"):
         beat = leases.latest(spot, key)
         assert beat.released
@@ -188,12 +198,12 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path):
 HANG = """
 import time
 import torch
-from harness.suite import files
+from harness.suite import files, parts
 from suites.resnet import resnet8
 
 def load(options):
-    suite, folder = files.load("digits")
-    return parts.part("data:load", folder)(options)
+    suite, folder = files.load_suite("digits")
+    return parts.load_part("data:load", folder)(options)
 
 class Model(torch.nn.Module):
     def __init__(self):
@@ -212,7 +222,7 @@ class Model(torch.nn.Module):
 def troubled(tmp_path):
     def make(trouble):
         folder = tmp_path / "own"
-        shutil.copytree(files.builtin()["digits"].parent, folder)
+        shutil.copytree(files.shipped_suites()["digits"].parent, folder)
         (folder / "data.py").unlink()
         (folder / "parts.py").write_text(HANG.replace("TROUBLE", trouble))
         text = (folder / "suite.toml").read_text()
@@ -225,7 +235,7 @@ def troubled(tmp_path):
 
 @pytest.mark.parametrize("executor", [Inline, Ray])
 @pytest.mark.parametrize("trouble", ["time.sleep(600)", "STOP"])
-def test_a_trial_that_hangs(tmp_path, troubled, executor, trouble):
+def test_a_trial_that_hangs(tmp_path, troubled, executor, trouble, shared_ray):
     """Under Ray even one that hears nothing any more."""
     if trouble == "STOP":
         if executor is Inline:
@@ -238,7 +248,7 @@ def test_a_trial_that_hangs(tmp_path, troubled, executor, trouble):
     assert "longer than resources.time_limit, 12 s" in events[-2].reason
     row = Store(tmp_path, "own").trial(spec.key)
     assert (row["state"], row["epochs_done"]) == ("failed", 2)
-    beat = leases.latest(Store(tmp_path, "own").place, spec.key)
+    beat = leases.latest(Store(tmp_path, "own").location, spec.key)
     assert beat.released
 
 
@@ -303,7 +313,7 @@ def test_a_head_that_is_lost(tmp_path, process):
         cwd=HERE,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert "the Ray head at " in done.stdout, done.stderr
     assert "run the same command" in done.stdout

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 import neq
-from harness.flops.costs import measure
+from harness.flops.costs import count_costs
 from harness.suite import files
+from harness.suite.parts import build_model
 from suites.resnet import resnet8, resnet32
 
 # The four set-ups of the paper: dense backward FLOPs by its convention.
@@ -33,15 +34,15 @@ def freeze_layers(model, costs, chosen):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_models(name):
-    suite, folder = files.load(name)
+    suite, folder = files.load_suite(name)
     parts = suite.model
-    model, shape = parts.build_model(parts.build, folder, parts.arguments), parts.input
-    costs = measure(model, shape, parts.unpublished)
+    model, shape = build_model(parts.build, folder, parts.arguments), parts.input
+    costs = count_costs(model, shape, parts.unpublished)
     nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
     assert costs.backward(nothing).paper == PUBLISHED[name]
     if name == "segmentation":  # PyTorch's counter has to compute: a smaller image will do
         shape = (3, 97, 97)
-        costs = measure(model, shape)
+        costs = count_costs(model, shape)
     backward = costs.backward(nothing)
     forward, dense = counted_by_torch(model, shape, mapping={})
     assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
@@ -144,7 +145,7 @@ for name, parameter in MODELS["biases only"][0].named_parameters():
 def test_every_product_is_counted_as_torch_executes_it(name):
     model, shape = MODELS[name]
     model = copy.deepcopy(model)
-    costs = measure(model, shape)
+    costs = count_costs(model, shape)
     nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
     forward, dense = counted_by_torch(model, shape)
     backward = costs.backward(nothing)
@@ -160,7 +161,7 @@ def test_every_product_is_counted_as_torch_executes_it(name):
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "vit_b_32", "swin_t", "shufflenet_v2_x0_5"])
 def test_torchvision_s_models(vision, name):
     model = getattr(vision.models, name)()
-    costs = measure(model, (3, 224, 224))
+    costs = count_costs(model, (3, 224, 224))
     forward, dense = counted_by_torch(model, (3, 224, 224))
     backward = costs.backward(torch.zeros(len(costs.neurons), dtype=torch.bool))
     assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
@@ -168,9 +169,9 @@ def test_torchvision_s_models(vision, name):
 
 def test_a_vector_and_a_recurrent_layer():
     pooled = _Apply(lambda m, x: m.a(x) @ m.b.weight[0], a=nn.Linear(4, 6), b=nn.Linear(6, 1))
-    assert measure(pooled, (5, 4)).forward() == 2 * (5 * 4 * 6 + 5 * 6)
+    assert count_costs(pooled, (5, 4)).forward() == 2 * (5 * 4 * 6 + 5 * 6)
     recurrent = _Apply(lambda m, x: m.b(m.a(x)[0]), a=nn.LSTM(4, 6), b=nn.Linear(6, 2))
-    assert measure(recurrent, (5, 4)).uncounted == ["aten::lstm"]
+    assert count_costs(recurrent, (5, 4)).uncounted == ["aten::lstm"]
 
 
 def live_and_detached(m, x):
@@ -180,7 +181,7 @@ def live_and_detached(m, x):
 def test_a_discarded_call_of_a_layer_that_is_also_used():
     model = _Apply(live_and_detached, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
     forward, dense = counted_by_torch(model, (5, 4))
-    costs = measure(model, (5, 4))
+    costs = count_costs(model, (5, 4))
     backward = costs.backward(torch.zeros(7, dtype=torch.bool))
     assert (costs.forward(), backward.dense, backward.required) == (forward, dense, dense)
 
@@ -197,14 +198,14 @@ def test_a_discarded_call_of_a_layer_that_is_also_used():
 def test_einsum_of_several_operands(equation, products):
     others = [torch.randn(13, 11), torch.randn(11, 3)][: equation.count(",")]
     model = _Apply(lambda m, x: torch.einsum(equation, m.a(x), *others), a=nn.Linear(4, 13))
-    assert measure(model, (7, 4)).forward() == 2 * (7 * 4 * 13 + products)
+    assert count_costs(model, (7, 4)).forward() == 2 * (7 * 4 * 13 + products)
 
 
 def test_the_einsum_rule_takes_ellipses():
     model = _Apply(
         lambda m, x: torch.einsum("...nd, ...md -> ...nm", m.a(x), m.a(x)), a=nn.Linear(3, 5)
     )
-    assert measure(model, (2, 7, 3)).forward() == 2 * (2 * 2 * 7 * 3 * 5 + 2 * 7 * 7 * 5)
+    assert count_costs(model, (2, 7, 3)).forward() == 2 * (2 * 2 * 7 * 3 * 5 + 2 * 7 * 7 * 5)
 
 
 def test_deciding_costs_what_the_eval_forward_costs():
@@ -217,7 +218,7 @@ def test_deciding_costs_what_the_eval_forward_costs():
             y = self.body(x)
             return (y, self.extra(y)) if self.training else y
 
-    costs = measure(Head(), (4,))
+    costs = count_costs(Head(), (4,))
     assert costs.forward() == 2 * (16 + 36)
     assert costs.overhead() == 2 * 2 * 16
 
@@ -251,7 +252,7 @@ class _Branches(nn.Module):
 def test_reachability_in_a_branched_graph(frozen):
     torch.manual_seed(0)
     model = _Branches()
-    costs = measure(model, (5, 6))
+    costs = count_costs(model, (5, 6))
     mask = freeze_layers(model, costs, frozen)
     assert costs.backward(mask).required == counted_by_torch(model, (5, 6))[1]
     lost = 2 * 5 * 6 * 6  # a product that nobody uses: fvcore's trace drops it
@@ -264,7 +265,7 @@ def test_a_class_token_keeps_the_first_input_gradient(vision):
     model = vision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
     )
-    costs = measure(model, (3, 32, 32))
+    costs = count_costs(model, (3, 32, 32))
     everything = costs.called.clone()
     frozen = costs.backward(everything)
     # Position table and class token train: the gradient must come all the way down to them.
@@ -280,7 +281,7 @@ def test_a_class_token_keeps_the_first_input_gradient(vision):
 
 def test_rows_count_by_the_row():
     """A layer with k of n rows frozen costs what a layer of n − k outputs costs in dW."""
-    costs = measure(resnet8(), (1, 16, 16))
+    costs = count_costs(resnet8(), (1, 16, 16))
     name = "layer3.0.conv2"
     part = costs.neurons[name]
     nothing = torch.zeros(len(costs.neurons), dtype=torch.bool)
@@ -299,7 +300,7 @@ def test_rows_count_by_the_row():
 
 def test_a_convolution_with_bias_and_groups():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, padding=1), nn.Conv2d(8, 8, 3, groups=8))
-    costs = measure(model, (4, 6, 6))
+    costs = count_costs(model, (4, 6, 6))
     backward = costs.backward(torch.zeros(16, dtype=torch.bool))
     first, second = 8 * 36 * 2 * 9, 8 * 16 * 9  # multiply-accumulates
     assert costs.forward() == 2 * (first + second)
@@ -308,7 +309,7 @@ def test_a_convolution_with_bias_and_groups():
 
 
 def test_layer_norm_and_linear_bias_by_the_papers_rule():
-    costs = measure(nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)), (7, 3))
+    costs = count_costs(nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)), (7, 3))
     backward = costs.backward(torch.zeros(10, dtype=torch.bool))
     assert backward.paper == 2 * (7 * 3 * 5 + 2 * 7 * 5)
 
@@ -317,7 +318,7 @@ def test_parameters_that_the_user_froze_cost_no_gradient():
     model = resnet8()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("fc"))
-    costs = measure(model, (1, 16, 16))
+    costs = count_costs(model, (1, 16, 16))
     backward = costs.backward(torch.zeros(len(costs.neurons), dtype=torch.bool))
     assert backward.dense == backward.required == 2 * 64 * 10
     assert backward.dense == counted_by_torch(model, (1, 16, 16))[1]
@@ -325,7 +326,7 @@ def test_parameters_that_the_user_froze_cost_no_gradient():
 
 def test_totals_layers_and_deciding():
     model = resnet8()
-    costs = measure(model, (1, 16, 16))
+    costs = count_costs(model, (1, 16, 16))
     mask = neq.Random(0.4).frozen(1, costs.neurons, torch.empty(0))
     one, many = costs.backward(mask), costs.backward(mask, 1150)
     assert (many.dense, many.paper, many.required) == tuple(
@@ -341,7 +342,7 @@ def test_totals_layers_and_deciding():
 def test_measuring_leaves_no_trace():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
     state, stream = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    measure(model, (4,))
+    count_costs(model, (4,))
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not model.training

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from trials import percent, small
 from harness.report import compare, forms, model
 from harness.report.figures import pictures
 from harness.report.layers import _mixed
-from harness.report.methods import MethodRow
+from harness.report.method_row import MethodRow, json_keys
 from harness.report.page import page
 from harness.report.phases import Phase, PhaseRow
-from harness.report.published import Comparison
+from harness.report.published import PaperComparison
 from harness.report.sections import sections
 from harness.storage.schema import QUANTILES
-from harness.storage.store import stores
+from harness.storage.store import find_stores
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def root(mixed_results):
 
 @pytest.fixture(scope="module")
 def report(root):
-    return model.load(stores("digits", str(root)))
+    return model.load_report(find_stores("digits", str(root)))
 
 
 def main_table(report):
@@ -47,11 +47,11 @@ def test_every_form_shows_the_same_figures(form, root, report, neqbench):
     text = neqbench("report", "digits", "--results", root, "--format", form).stdout
     for row in main_table(report).methods:
         if form in ("csv", "json"):
-            assert repr(row.metric_mean) in text
-            assert repr(row.saved) in text
+            assert repr(row.quality.metric_mean) in text
+            assert repr(row.savings.saved) in text
         else:
-            assert f"{100 * row.metric_mean:.2f}" in text
-            assert percent(row.saved) in text.replace("$-$", "−")
+            assert f"{100 * row.quality.metric_mean:.2f}" in text
+            assert percent(row.savings.saved) in text.replace("$-$", "−")
     if form != "csv":
         assert "random seed 2: 2 of 5 epochs" in text
         assert "the training loss became" in text
@@ -61,12 +61,15 @@ def test_csv_has_the_keys_of_the_json(report):
     rows = list(csv.DictReader(io.StringIO(forms.to_csv(report))))
     methods = [row for table in report.groups for row in table.methods]
     assert [row["method"] for row in rows] == [row.method for row in methods]
-    keys = set(asdict(methods[0])) - {"parameters"}
+    keys = set(methods[0].to_json()) - {"parameters"}
     assert keys <= set(rows[0])
     assert {row["eps"] for row in rows if row["method"] == "neq"} == {"0.01"}
     assert rows[0]["difference"] == ""
     seconds = [float(row["seconds_train"] or "nan") for row in rows]
-    known = [numpy.nan if row.seconds_train is None else row.seconds_train for row in methods]
+    known = [
+        numpy.nan if row.measured.seconds_train is None else row.measured.seconds_train
+        for row in methods
+    ]
     assert seconds == pytest.approx(known, nan_ok=True)
 
 
@@ -179,12 +182,16 @@ def test_a_distribution_over_layers_weighs_them_by_their_neurons():
     assert found == pytest.approx(numpy.quantile(numpy.concatenate(layers), at), abs=0.03)
 
 
-RECORDS = [model.GroupTable, model.NotBegun, MethodRow, Phase, PhaseRow, Comparison]
+RECORDS = [model.GroupTable, model.NotBegun, Phase, PhaseRow, PaperComparison]
 
 
-@pytest.mark.parametrize("record", [*RECORDS, compare.Comparison, compare.Compared, compare.Change])
+@pytest.mark.parametrize(
+    "record",
+    [*RECORDS, MethodRow, compare.RunComparison, compare.Compared, compare.Change],
+)
 def test_the_keys_are_those_of_the_documentation(record):
     """results/README.md is what users rely on."""
     text = (Path(__file__).parents[1] / "results" / "README.md").read_text()
     text = text[text.index("## The report's JSON") :]
-    assert not [f.name for f in fields(record) if f"`{f.name}`" not in text]
+    keys = json_keys() if record is MethodRow else [field.name for field in fields(record)]
+    assert not [key for key in keys if f"`{key}`" not in text]

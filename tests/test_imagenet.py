@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from harness.errors import UserError
-from harness.run.preflight import check
+from harness.run.preflight import preflight
 from harness.run.trials import specs
 from harness.suite import files
 from harness.suite.config import Data, Recipe
@@ -226,34 +226,36 @@ def settings(root, classes):
 
 def test_the_suite_accepts_what_fits_and_says_what_does_not(folder):
     trials = specs("imagenet", settings(folder, 3), "baseline,neq", "0")
-    check(trials)
+    preflight(trials)
     assert trials[0].data_name == "ImageNet"
     with pytest.raises(UserError, match="labels from 0 to 2 do not fit the model's 2 classes"):
-        check(specs("imagenet", settings(folder, 2), "baseline", "0"))
+        preflight(specs("imagenet", settings(folder, 2), "baseline", "0"))
     with pytest.raises(UserError, match=r"images of 3 classes, and not of 1000; .*classes=3"):
         specs("imagenet", [f"data.root={folder}"], "baseline", "0")
     too_many = [*settings(folder, 3), "recipe.batch_size=11"]
     with pytest.raises(UserError, match="batch_size is 11, and there are 10 images to train on"):
-        check(specs("imagenet", too_many, "baseline", "0"))
+        preflight(specs("imagenet", too_many, "baseline", "0"))
     other = [*settings(folder, 3), "model.input=[3, 40, 40]"]
     with pytest.raises(UserError, match=r"input is \[3, 40, 40\], the training images are"):
-        check(specs("imagenet", other, "baseline", "0"))
+        preflight(specs("imagenet", other, "baseline", "0"))
 
 
 def test_weights_of_another_architecture_are_found_before_anything_runs(folder, vision, tmp_path):
     torch.save(vision.models.resnet34(num_classes=3).state_dict(), tmp_path / "w.pt")
     with pytest.raises(UserError, match="belongs to another architecture"):
-        check(specs("imagenet", [*settings(folder, 3), f"model.weights={tmp_path}/w.pt"], "neq"))
+        preflight(
+            specs("imagenet", [*settings(folder, 3), f"model.weights={tmp_path}/w.pt"], "neq")
+        )
 
 
 def test_the_recipes_are_the_paper_s():
-    suite, _ = files.load("imagenet")
+    suite, _ = files.load_suite("imagenet")
     recipe = suite.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.forward_batch) == (90, 256, 128)
     assert recipe.optimizer.arguments == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
     assert recipe.scheduler.arguments == {"step_size": 30, "gamma": 0.1}
     assert suite.data.validation_size == 1281
-    swin, _ = files.load("imagenet-swin")
+    swin, _ = files.load_suite("imagenet-swin")
     recipe = swin.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.forward_batch) == (30, 128, 64)
     assert (recipe.optimizer.name, recipe.optimizer.arguments["lr"]) == ("AdamW", 5e-6)

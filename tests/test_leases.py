@@ -12,16 +12,20 @@ import pytest
 import torch
 
 from harness.storage import leases
-from harness.storage.leases import Claim, Lease, Lost, Watch
-from harness.storage.locations import place
-from harness.storage.store import Owner, Store
+from harness.storage.leases import Claim, Lease, LeaseLost, Watch
+from harness.storage.locations import open_location
+from harness.storage.owner import Owner
+from harness.storage.store import Store
+from harness.storage.tuning_cache import make_once
 
 ME, YOU = Claim("me", None), Claim("you", None)
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def spot(request, tmp_path):
-    return place(tmp_path if request.param == "folder" else request.getfixturevalue("bucket"))
+    return open_location(
+        tmp_path if request.param == "folder" else request.getfixturevalue("bucket")
+    )
 
 
 @pytest.fixture
@@ -39,11 +43,11 @@ def test_a_lease_is_held_until_it_is_given_back(spot):
         assert lease.number == 1
         assert Lease.acquire(spot, "trial", YOU) is None
         assert Lease.acquire(spot, "other", YOU)
-        leases.check(spot, "trial", 1)
+        leases.check_owned(spot, "trial", 1)
     assert leases.latest(spot, "trial").released
     assert Lease.acquire(spot, "trial", YOU).number == 2
-    with pytest.raises(Lost):
-        leases.check(spot, "trial", 1)
+    with pytest.raises(LeaseLost):
+        leases.check_owned(spot, "trial", 1)
     assert spot.names("leases/trial") == ["000002.json"]
 
 
@@ -70,8 +74,8 @@ def test_it_is_renewed(spot, monkeypatch):
 HOLD = """
 import sys, time
 from harness.storage.leases import Claim, Lease
-from harness.storage.locations import place
-with Lease.acquire(place(sys.argv[1]), "trial", Claim("you", None)):
+from harness.storage.locations import open_location
+with Lease.acquire(open_location(sys.argv[1]), "trial", Claim("you", None)):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -88,7 +92,7 @@ def holder(tmp_path):
 
 
 def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path, holder):
-    spot = place(tmp_path)
+    spot = open_location(tmp_path)
     assert Lease.acquire(spot, "trial", ME) is None
     holder.kill()
     holder.wait()
@@ -97,7 +101,7 @@ def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path, holder):
 
 def test_a_process_that_stands_still_loses_its_lease_in_time(tmp_path, holder, monkeypatch):
     """Also if it wakes up again; and a clock that is wrong does not matter."""
-    spot, watch = place(tmp_path), Watch("me")
+    spot, watch = open_location(tmp_path), Watch("me")
     os.kill(holder.pid, signal.SIGSTOP)
     beat = leases.latest(spot, "trial")
     monkeypatch.setattr(leases, "STALE", 0.5)
@@ -107,8 +111,8 @@ def test_a_process_that_stands_still_loses_its_lease_in_time(tmp_path, holder, m
     lease = Lease.acquire(spot, "trial", Claim("me", beat))
     assert lease.number == 2
     os.kill(holder.pid, signal.SIGCONT)
-    with pytest.raises(Lost):
-        leases.check(spot, "trial", 1)
+    with pytest.raises(LeaseLost):
+        leases.check_owned(spot, "trial", 1)
 
 
 def test_a_beat_of_another_machine_is_waited_for(spot, monkeypatch, elsewhere):
@@ -129,25 +133,26 @@ def test_a_beat_of_another_machine_is_waited_for(spot, monkeypatch, elsewhere):
 
 def test_what_the_former_owner_commits_does_not_count(tmp_path):
     """It was thought dead, and wakes up between the question and the write."""
-    old, new = Owner(tmp_path, "digits", 1), Owner(tmp_path, "digits", 2)
-    Lease.acquire(new.place, "key", ME)
-    old.save_checkpoint("key", 3, {"rows": {}, "from": "old"})
-    Lease.acquire(new.place, "key", ME)
-    new.save_checkpoint("key", 3, {"rows": {}, "from": "new"})
-    with pytest.raises(Lost):
-        old.save_checkpoint("key", 4, {"rows": {}, "from": "old"})
-    check, leases.check = leases.check, lambda *_: None
-    with suppress(Lost):
-        old.save_checkpoint("key", 3, {"rows": {}, "from": "old", "again": torch.ones(1)})
-    leases.check = check
-    assert new.load_checkpoint("key") == {"rows": {}, "from": "new"}
+    store = Store(tmp_path, "digits")
+    old, new = Owner(store, "key", 1), Owner(store, "key", 2)
+    Lease.acquire(store.location, "key", ME)
+    old.save_checkpoint(3, {"rows": {}, "from": "old"})
+    Lease.acquire(store.location, "key", ME)
+    new.save_checkpoint(3, {"rows": {}, "from": "new"})
+    with pytest.raises(LeaseLost):
+        old.save_checkpoint(4, {"rows": {}, "from": "old"})
+    check, leases.check_owned = leases.check_owned, lambda *_: None
+    with suppress(LeaseLost):
+        old.save_checkpoint(3, {"rows": {}, "from": "old", "again": torch.ones(1)})
+    leases.check_owned = check
+    assert new.load_checkpoint() == {"rows": {}, "from": "new"}
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"pid": 1}', '{"owner": 3, "count": "x"}', "null"]
 )
 def test_a_lease_that_makes_no_sense_is_waited_for(tmp_path, text, monkeypatch):
-    spot = place(tmp_path)
+    spot = open_location(tmp_path)
     spot.write("leases/trial/000004.json", text.encode())
     spot.write("leases/trial/notes.txt", b"")
     monkeypatch.setattr(leases, "STALE", 0.1)
@@ -159,7 +164,7 @@ def test_a_lease_that_makes_no_sense_is_waited_for(tmp_path, text, monkeypatch):
 
 
 def test_leases_say_nothing_about_the_machine_but_which_it_is(tmp_path):
-    with Lease.acquire(place(tmp_path), "trial", ME):
+    with Lease.acquire(open_location(tmp_path), "trial", ME):
         (path,) = (tmp_path / "leases" / "trial").iterdir()
         text = path.read_text()
     assert os.uname().nodename not in text
@@ -171,5 +176,5 @@ def test_waiting_for_a_tuning_that_a_killed_process_began(tmp_path, holder):
     store = Store(tmp_path.parent, tmp_path.name)
     holder.kill()
     holder.wait()
-    assert store.keep_tuning("trial", lambda: {"a": 1}) == {"a": 1}
-    assert store.keep_tuning("trial", lambda: {"a": 2}) == {"a": 1}
+    assert make_once(store.location, "trial", lambda: {"a": 1}) == {"a": 1}
+    assert make_once(store.location, "trial", lambda: {"a": 2}) == {"a": 1}

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import neq
-from harness.flops.costs import measure
+from harness.flops.costs import count_costs
 from neq import equilibrium
 from neq.equilibrium import phi, snapshot
 
@@ -81,7 +81,7 @@ def test_deciding_keeps_the_outputs_of_one_batch(monkeypatch, chunk):
 
 
 def test_the_batch_follows_from_the_model_and_the_memory():
-    costs = measure(build(), (3, 24, 24))
+    costs = count_costs(build(), (3, 24, 24))
     assert costs.batch_within(10 * BYTES, 500) == 10
     assert costs.batch_within(10 * BYTES - 1, 500) == 9
     assert costs.batch_within(1, 500) == 1

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from conftest import start_workers
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,7 +67,7 @@ def worker(rank, folder):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_ranks_stay_equal_and_equal_to_one_process(tmp_path):
-    multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    start_workers(worker, (str(tmp_path),), 2)
     for gradient in ("exact", "cut"):
         (one, flops), (two, _) = (torch.load(tmp_path / f"{gradient}{rank}.pt") for rank in (0, 1))
         alone, whole = train(build(), batches(), gradient)

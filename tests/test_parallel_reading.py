@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Net, random_batches, train_epoch
-from torch import distributed, multiprocessing
+from conftest import Net, random_batches, start_workers, train_epoch
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
@@ -78,7 +78,7 @@ def one_thread():
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_reading_does_not_depend_on_the_number_of_workers(tmp_path, world):
-    multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
+    start_workers(worker, (world, str(tmp_path)), world)
     for samples in (61, 2):  # with three workers, one of them has none of two
         for similarity in ("dataset", "sample"):
             alone = readings(samples, similarity)

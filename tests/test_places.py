@@ -10,13 +10,13 @@ import pyarrow.fs
 import pytest
 
 from harness.errors import UserError
-from harness.storage.locations import Bucket, Folder, StorageError, place
+from harness.storage.locations import Bucket, Folder, StorageError, open_location
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def spot(request, tmp_path):
     root = tmp_path if request.param == "folder" else request.getfixturevalue("bucket")
-    return place(root, "suite")
+    return open_location(root, "suite")
 
 
 def test_whole_files_in_and_out(spot):
@@ -47,9 +47,11 @@ def test_of_many_who_create_a_file_one_does(spot):
 
 
 def test_of_many_processes_one_does(tmp_path):
-    code = f"from harness.storage.locations import place; print(place({str(tmp_path)!r}).create('x', b'y'))"
+    code = "import sys\nfrom harness.storage.locations import open_location\n"
+    code += "print(open_location(sys.argv[1]).create('x', b'y'))"
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(6)
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(6)
     ]
     made = [process.communicate()[0].strip() for process in processes]
     assert sorted(made) == 5 * [b"False"] + [b"True"]
@@ -57,14 +59,14 @@ def test_of_many_processes_one_does(tmp_path):
 
 def test_others_read_what_is_in_a_bucket(bucket):
     """pyarrow alone finds the files, without ours between."""
-    place(bucket, "results", "digits").write("epochs/x.parquet", b"whole")
+    open_location(bucket, "results", "digits").write("epochs/x.parquet", b"whole")
     system, path = pyarrow.fs.FileSystem.from_uri(f"{bucket}/results/digits/epochs/x.parquet")
     assert system.open_input_file(path).read() == b"whole"
 
 
 def test_what_can_not_be_written_says_so(tmp_path, object_store):
     (tmp_path / "file").write_text("")
-    for bad in (place(tmp_path / "file"), place("s3://no-such-bucket/results")):
+    for bad in (open_location(tmp_path / "file"), open_location("s3://no-such-bucket/results")):
         with pytest.raises(StorageError, match=r"x can't be written: .*run the same command again"):
             bad.write("x", b"")
         with pytest.raises(StorageError, match="can't be written"):
@@ -79,11 +81,11 @@ def test_nobody_answers(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
     with pytest.raises(StorageError, match=r"error sending request; check bucket, network, region"):
-        place("s3://bucket/results").read("x")
+        open_location("s3://bucket/results").read("x")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    spot = place(tmp_path)
+    spot = open_location(tmp_path)
     spot.write("kept", b"old")
 
     def full(_fd):
@@ -102,7 +104,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 def test_files_get_the_usual_permissions(tmp_path):
     mask = os.umask(0o022)
     try:
-        place(tmp_path).write("x", b"")
+        open_location(tmp_path).write("x", b"")
     finally:
         os.umask(mask)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
@@ -111,12 +113,12 @@ def test_files_get_the_usual_permissions(tmp_path):
 def test_roots(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for root in ("results", tmp_path / "results", f"file://{tmp_path}/results"):
-        found = place(root, "digits")
+        found = open_location(root, "digits")
         assert isinstance(found, Folder)
         assert found.uri == str(tmp_path / "results" / "digits")
     for root in ("s3://bucket/results/", "gs://bucket"):
-        assert isinstance(place(root, "digits"), Bucket)
-    assert place("s3://bucket/results/", "digits").uri == "s3://bucket/results/digits"
+        assert isinstance(open_location(root, "digits"), Bucket)
+    assert open_location("s3://bucket/results/", "digits").uri == "s3://bucket/results/digits"
 
 
 @pytest.mark.parametrize(
@@ -139,5 +141,5 @@ def test_roots(tmp_path, monkeypatch):
 )
 def test_uris_that_are_none(root):
     with pytest.raises(UserError, match="results lie in a folder, below s3://bucket") as refused:
-        place(root)
+        open_location(root)
     assert "SECRET" not in str(refused.value)

@@ -7,7 +7,7 @@ from trials import run, small
 
 from harness.commands.progress import Progress
 from harness.run.events import Started
-from harness.storage.recorder import Failure
+from harness.storage.schema import Failure
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_live_view(trials):
     head, first, second, summary = view.splitlines()
     assert head.split() == ["trial", "epoch", "metric", "frozen", "left"]
     last = trials[0][1][3]
-    cells = ["3/5", f"{last.test_metric:.4f}", f"{last.frozen_neurons / 490:.0%}"]
+    cells = ["3/5", f"{last.test_metric:.4f}", f"{last.frozen_neurons / 250:.0%}"]
     assert first.split()[:7] == ["digits", "neq", "seed", "0", *cells]
     assert second.split()[:5] == ["digits", "baseline", "seed", "0", "0/5"]
     assert summary.startswith("3 done, 2 running, 0 to do, about")

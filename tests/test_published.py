@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from trials import ask, run
 
-from harness.report.model import load
+from harness.report.model import load_report
 from harness.report.published import against_published
 from harness.run.trials import specs
 from harness.storage.store import Store
@@ -147,7 +147,7 @@ RUNS = {
 
 @pytest.mark.parametrize(("name", "method"), RUNS)
 def test_the_suites_carry_what_was_published(name, method):
-    published = files.load(name)[0].published
+    published = files.load_suite(name)[0].published
     figures = {v.what: v for v in published.values if method in v.methods}
     runs = RUNS[name, method]
     assert figures["metric"].value == pytest.approx(numpy.mean(runs), abs=1e-6)
@@ -166,7 +166,7 @@ DENSE = {
 
 @pytest.mark.parametrize("name", DENSE)
 def test_the_dense_counts(name):
-    (figure,) = [v for v in files.load(name)[0].published.values if v.what == "paper_dense"]
+    (figure,) = [v for v in files.load_suite(name)[0].published.values if v.what == "paper_dense"]
     assert (figure.value, figure.certainty) == (DENSE[name], "paper")
 
 
@@ -178,10 +178,10 @@ NAMES = {
 VALUES = dict.fromkeys(("value", "paper", "paper_dense", "frozen"), 1.0) | {"paper_curve": [1.0]}
 
 
-@pytest.mark.parametrize("name", [n for n in files.builtin() if "digits" not in n])
+@pytest.mark.parametrize("name", [n for n in files.shipped_suites() if "digits" not in n])
 def test_a_suite_meets_the_conditions_of_what_it_carries(name):
     compared = 0
-    for suite in files.experiments(name)[0]:
+    for suite in files.load_experiments(name)[0]:
         trials = pd.DataFrame([{"experiment": json.dumps(suite.experiment()), "data": ""}])
         done = pd.DataFrame(
             [
@@ -208,7 +208,7 @@ def test_the_report_holds_the_paper_against_a_run_of_noise(tmp_path, neqbench):
     for spec in trials:
         run(spec, tmp_path)
     ask(Store(tmp_path, "cifar10"), trials)
-    (table,) = load([Store(tmp_path, "cifar10")]).groups
+    (table,) = load_report([Store(tmp_path, "cifar10")]).groups
     verdicts = {(c.method, c.what): (c.verdict, c.why) for c in table.published}
     assert verdicts["baseline", "paper_dense"] == ("agrees", "")
     assert verdicts["neq", "metric"] == ("not comparable", "trained on noise")

@@ -16,8 +16,8 @@ from harness.errors import UserError
 from harness.report import model
 from harness.report.phases import _bounds
 from harness.run.trials import states
-from harness.storage.frames import found
-from harness.storage.store import Store, stores
+from harness.storage.frames import stores_named
+from harness.storage.store import Store, find_stores
 
 FLOPS = ("dense", "paper", "required", "executed")
 
@@ -40,13 +40,15 @@ def two_eps(tmp_path_factory):
 
 
 def test_parameters_are_not_averaged(two_eps):
-    (table,) = model.load(stores("digits", str(two_eps))).groups
+    (table,) = model.load_report(find_stores("digits", str(two_eps))).groups
     plain, one, two = table.methods
     assert [row.label for row in table.methods] == ["plain", "neq eps=0.01", "neq eps=9.0"]
     assert (one.n, two.n, one.seeds, two.seeds) == (2, 2, [0, 1], [0, 1])
-    assert one.required > two.required
-    assert plain.difference is None
-    assert one.difference == pytest.approx(one.metric_mean - plain.metric_mean)
+    assert one.savings.required > two.savings.required
+    assert plain.quality.difference is None
+    assert one.quality.difference == pytest.approx(
+        one.quality.metric_mean - plain.quality.metric_mean
+    )
     assert "neq eps=9.0" in render([table], 80)
 
 
@@ -54,19 +56,19 @@ def test_a_trial_whose_rows_were_lost_is_run_again(two_eps, tmp_path):
     shutil.copytree(two_eps / "digits", tmp_path / "digits")
     spec = small("plain", "recipe.epochs=3", "methods.plain={kind='baseline'}")
     (tmp_path / "digits" / "epochs" / f"{spec.key}.parquet").unlink()
-    (table,) = model.load([Store(tmp_path, "digits")]).groups
+    (table,) = model.load_report([Store(tmp_path, "digits")]).groups
     assert table.methods[0].n == 1
     assert "plain seed 0: its rows of epochs are not whole" in table.unfinished[0]
     assert states([spec], str(tmp_path))[0].state == "partial"
     run(spec, tmp_path)
-    (table,) = model.load([Store(tmp_path, "digits")]).groups
+    (table,) = model.load_report([Store(tmp_path, "digits")]).groups
     assert table.methods[0].n == 2
     assert states([spec], str(tmp_path))[0].state == "done"
 
 
 @pytest.fixture(scope="module")
 def report(root):
-    return model.load(stores("digits", str(root)))
+    return model.load_report(find_stores("digits", str(root)))
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +93,28 @@ def test_the_figures_agree_with_the_stored_rows(root, tables):
     for row in table.methods:
         mine = epochs[(epochs["method"] == row.method) & epochs["seed"].isin(row.seeds)]
         last = mine[mine["epoch"] == 4].set_index("seed")["test_metric"]
-        assert row.metric_mean == pytest.approx(numpy.mean(last))
-        assert row.metric_std == pytest.approx(numpy.std(last, ddof=1))
+        assert row.quality.metric_mean == pytest.approx(numpy.mean(last))
+        assert row.quality.metric_std == pytest.approx(numpy.std(last, ddof=1))
         per_sample = mine[[f"backward_flops_{c}" for c in FLOPS]] / 210
+        saved = row.savings
         means = per_sample.mean().tolist()
-        assert [row.dense, row.paper, row.required, row.executed] == pytest.approx(means)
+        assert [saved.dense, saved.paper, saved.required, saved.executed] == pytest.approx(means)
         spent = mine["backward_flops_executed"].sum() + mine["overhead_flops"].sum()
-        assert row.saved == pytest.approx(1 - spent / mine["backward_flops_dense"].sum())
+        assert saved.saved == pytest.approx(1 - spent / mine["backward_flops_dense"].sum())
         full = 210 * 5 * len(row.seeds) * table.paper_dense
-        assert row.saved_paper == pytest.approx(1 - mine["backward_flops_paper"].sum() / full)
-        assert row.seconds_train == pytest.approx(mine["seconds_train"].sum() / len(row.seeds))
+        assert saved.saved_paper == pytest.approx(1 - mine["backward_flops_paper"].sum() / full)
+        assert row.measured.seconds_train == pytest.approx(
+            mine["seconds_train"].sum() / len(row.seeds)
+        )
     baseline, neq, random = table.methods
     assert (baseline.n, neq.n, random.n) == (2, 3, 2)
-    assert (baseline.saved, baseline.saved_paper, baseline.overhead) == (0, 0, 0)
-    assert baseline.dense == baseline.required == baseline.executed == table.dense
+    saved = baseline.savings
+    assert (saved.saved, saved.saved_paper, saved.overhead) == (0, 0, 0)
+    assert saved.dense == saved.required == saved.executed == table.dense
     last = epochs[epochs["epoch"] == 4].pivot(index="seed", columns="method", values="test_metric")
     paired = (last["neq"] - last["baseline"]).loc[[0, 1]].mean()
-    assert neq.difference == pytest.approx(paired)
-    assert baseline.difference is None
+    assert neq.quality.difference == pytest.approx(paired)
+    assert baseline.quality.difference is None
 
 
 def test_what_is_left_out_is_said(tables):
@@ -118,7 +124,7 @@ def test_what_is_left_out_is_said(tables):
     assert failed.failed[0].startswith("baseline seed 0: the training loss became")
     assert [(row.method, row.n, row.failed) for row in failed.methods] == [("baseline", 0, 1)]
     (single,) = [t for t in tables if t.epochs == 1]
-    assert single.methods[0].metric_std is None
+    assert single.methods[0].quality.metric_std is None
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -130,10 +136,10 @@ def test_nothing_is_cut_off(tables, width):
     table = main_table(tables)
     for row in table.methods:
         reached, saved = re.findall(rf"^{row.method} +\d.*", text, re.MULTILINE)[:2]
-        assert f"{100 * row.metric_mean:.2f}" in reached
-        for share in (row.saved, row.saved_required, row.saved_paper):
+        assert f"{100 * row.quality.metric_mean:.2f}" in reached
+        for share in (row.savings.saved, row.savings.saved_required, row.savings.saved_paper):
             assert percent(share) in saved
-        assert f"{row.executed / 1e6:.2f}" in saved
+        assert f"{row.savings.executed / 1e6:.2f}" in saved
     assert "Unfinished: random seed 2: 2 of 5 epochs" in text
     assert "Failed: baseline seed 0: the training loss" in text
     assert "No trial is finished yet." in text
@@ -161,22 +167,24 @@ def test_seconds_of_different_devices_are_not_averaged(root, tables, tmp_path):
     other = pa.array(["another"], pa.string())
     place = table.schema.get_field_index("cpu")
     pq.write_table(table.set_column(place, table.schema.field("cpu"), other), path)
-    mixed = next(t for t in model.load([Store(tmp_path, "digits")]).groups if t.group == group)
-    assert {row.seconds_train for row in mixed.methods} == {None}
+    mixed = next(
+        t for t in model.load_report([Store(tmp_path, "digits")]).groups if t.group == group
+    )
+    assert {row.measured.seconds_train for row in mixed.methods} == {None}
     assert "different devices" in render([mixed], 80)
-    assert {row.seconds_train for row in main_table(tables).methods}.isdisjoint({None})
+    assert {row.measured.seconds_train for row in main_table(tables).methods}.isdisjoint({None})
 
 
 def test_a_name_a_root_or_a_folder(root):
     folder = root / "digits"
     for where in (("digits", str(root)), (str(root), "results"), (str(folder), "results")):
-        (store,) = stores(*where)
-        assert (store.place.uri, store.name) == (str(folder), "digits")
+        (store,) = find_stores(*where)
+        assert (store.location.uri, store.name) == (str(folder), "digits")
     with pytest.raises(UserError, match=r"no results for 'nothing' below .*: run `neqbench run"):
-        stores("nothing", str(root))
+        find_stores("nothing", str(root))
     (root / "empty" / "trials").mkdir(parents=True)
     with pytest.raises(UserError, match="no trial has been started yet"):
-        model.load([Store(root, "empty")])
+        model.load_report([Store(root, "empty")])
 
 
 def test_the_difference_has_its_interval_and_verdict(root, tables):
@@ -188,11 +196,11 @@ def test_the_difference_has_its_interval_and_verdict(root, tables):
     neq = row_of(table, "neq")
     test = stats.ttest_rel(last["neq"][:2], last["baseline"][:2])
     low, high = test.confidence_interval()
-    assert (neq.difference_low, neq.difference_high) == pytest.approx((low, high))
-    assert (neq.difference_n, neq.paired, neq.verdict) == (2, True, None)
+    assert (neq.quality.difference_low, neq.quality.difference_high) == pytest.approx((low, high))
+    assert (neq.quality.difference_n, neq.quality.paired, neq.quality.verdict) == (2, True, None)
     assert "No verdict from fewer than 3 seeds." in table.notes
     low, high = stats.t.interval(0.95, 2, loc=last["neq"].mean(), scale=stats.sem(last["neq"]))
-    assert (neq.metric_low, neq.metric_high) == pytest.approx((low, high))
+    assert (neq.quality.metric_low, neq.quality.metric_high) == pytest.approx((low, high))
 
 
 def test_phases_follow_the_learning_rate_and_add_up(root, tables):
@@ -201,8 +209,8 @@ def test_phases_follow_the_learning_rate_and_add_up(root, tables):
     epochs = pd.read_parquet(root / "digits" / "epochs")
     for row in table.methods:
         parts = [next(p for p in phase.methods if p.label == row.label) for phase in table.phases]
-        assert sum(part.share for part in parts) == pytest.approx(row.saved)
-        assert parts[-1].metric == pytest.approx(row.metric_mean)
+        assert sum(part.share for part in parts) == pytest.approx(row.savings.saved)
+        assert parts[-1].metric == pytest.approx(row.quality.metric_mean)
         mine = epochs[(epochs["group"] == table.group) & (epochs["method"] == row.method)]
         mine = mine[mine["seed"].isin(row.seeds) & mine["epoch"].isin([2, 3])]
         spent = mine["backward_flops_executed"].sum() + mine["overhead_flops"].sum()
@@ -211,18 +219,20 @@ def test_phases_follow_the_learning_rate_and_add_up(root, tables):
 
 def test_a_baseline_stopped_at_the_same_cost(two_eps):
     """Everything stands still in the last of three epochs: the baseline can afford two."""
-    (table,) = model.load(stores("digits", str(two_eps))).groups
+    (table,) = model.load_report(find_stores("digits", str(two_eps))).groups
     plain, less, more = table.methods
-    assert 0 < more.saved < 1 / 3
-    assert more.stopped_epochs == 2
+    assert 0 < more.savings.saved < 1 / 3
+    assert more.shorter_baseline.stopped_epochs == 2
     epochs = pd.read_parquet(two_eps / "digits" / "epochs").set_index(["method", "epoch", "seed"])
     stopped = epochs.loc["plain"].loc[1]["test_metric"]
-    assert more.stopped_metric == pytest.approx(stopped.mean())
+    assert more.shorter_baseline.stopped_metric == pytest.approx(stopped.mean())
     ends = epochs.reset_index()
     ends = ends[ends["epoch"] == 2].sort_values("frozen_neurons").groupby("seed").last()
-    assert more.stopped_difference == pytest.approx((ends["test_metric"] - stopped).mean())
-    assert plain.stopped_epochs is None
-    assert less.stopped_epochs is None
+    assert more.shorter_baseline.stopped_difference == pytest.approx(
+        (ends["test_metric"] - stopped).mean()
+    )
+    assert plain.shorter_baseline.stopped_epochs is None
+    assert less.shorter_baseline.stopped_epochs is None
     assert "2 of 3" in render([table], 80)
 
 
@@ -241,7 +251,7 @@ def test_several_results_are_taken_together(root, tmp_path, neqbench):
     both = load_results(str(root), str(tmp_path))
     assert both.trials["trial"].is_unique
     assert set(both.twice) == {small("random", seed=2).key, small("neq", seed=1).key}
-    report = model.load(found([str(root), str(tmp_path / "digits")], "results"))
+    report = model.load_report(stores_named([str(root), str(tmp_path / "digits")], "results"))
     table = main_table(report.groups)
     assert [row.n for row in table.methods] == [3, 3, 3]
     assert not table.unfinished

@@ -12,7 +12,7 @@ from trials import SMALL, altered, ask, render, row_of, run, small
 
 from harness.report import model
 from harness.run.trials import specs
-from harness.storage.frames import found
+from harness.storage.frames import stores_named
 from harness.storage.store import Store
 
 
@@ -37,7 +37,7 @@ def key(method, seed=0):
 
 
 def only(root):
-    (table,) = model.load([Store(root, "digits")]).groups
+    (table,) = model.load_report([Store(root, "digits")]).groups
     return table
 
 
@@ -48,8 +48,8 @@ def test_a_verdict_by_the_suites_margin(four, tmp_path):
         altered(root, key("neq", seed), "epochs", "test_metric", 0.898 + seed / 1000 + seed % 2e-4)
         altered(root, key("random", seed), "epochs", "test_metric", 0.8 + seed / 100)
     table = only(root)
-    assert (table.margin, row_of(table, "neq").verdict) == (0.5, "keeps")
-    assert row_of(table, "random").verdict == "loses"
+    assert (table.margin, row_of(table, "neq").quality.verdict) == (0.5, "keeps")
+    assert row_of(table, "random").quality.verdict == "loses"
     text = " ".join(render([table], 80).split())
     assert "neq keeps the baseline's accuracy to within 0.5 points" in text
     assert "A small sample: intervals rest on 4 seeds (3 degrees of freedom)." in table.notes
@@ -58,7 +58,7 @@ def test_a_verdict_by_the_suites_margin(four, tmp_path):
     )
     ask(Store(root, "digits"), strict)
     table = only(root)
-    assert (table.margin, row_of(table, "neq").verdict) == (0.1, "loses")
+    assert (table.margin, row_of(table, "neq").quality.verdict) == (0.1, "loses")
 
 
 def test_what_failed_is_no_part_of_a_mean_and_forbids_a_verdict(four, tmp_path):
@@ -68,7 +68,7 @@ def test_what_failed_is_no_part_of_a_mean_and_forbids_a_verdict(four, tmp_path):
     altered(root, key("random", 1), "epochs", "test_metric", math.nan)
     table = only(root)
     neq, random = row_of(table, "neq"), row_of(table, "random")
-    assert (neq.n, neq.failed, neq.verdict) == (3, 1, None)
+    assert (neq.n, neq.failed, neq.quality.verdict) == (3, 1, None)
     assert (random.n, random.failed, random.seeds) == (3, 1, [0, 2, 3])
     assert table.failed == [
         "random seed 1: its metric is no finite number",
@@ -107,7 +107,7 @@ def test_what_was_asked_for_and_not_begun_is_said(four, tmp_path):
     table = only(root)
     assert "baseline: seeds 0-3" in table.missing
     assert "No baseline is finished: there is nothing to compare with." in table.notes
-    assert {row.verdict for row in table.methods} == {None}
+    assert {row.quality.verdict for row in table.methods} == {None}
     assert "no baseline to compare with" in render([table], 200)
 
 
@@ -125,7 +125,7 @@ def test_code_versions_and_noise_are_said(four, tmp_path):
     (spec,) = specs("digits", [*SMALL, "recipe.epochs=1"], "neq", "0", synthetic=True)
     run(spec, noisy)
     assert "Trained on noise: the metric means nothing." in only(noisy).notes
-    assert len(model.load(found([str(root), str(noisy)], "results")).groups) == 2
+    assert len(model.load_report(stores_named([str(root), str(noisy)], "results")).groups) == 2
 
 
 def test_time_has_a_verdict_only_where_nobody_shared(four, tmp_path):
@@ -137,16 +137,16 @@ def test_time_has_a_verdict_only_where_nobody_shared(four, tmp_path):
             altered(root, key(method, seed), "epochs", "seconds_equilibrium", 0.0)
             altered(root, key(method, seed), "epochs", "energy_joules", 5.0 + 5 * (method == "neq"))
     neq = row_of(only(root), "neq")
-    assert neq.seconds_ratio == pytest.approx(0.8)
-    assert neq.seconds_verdict == "less"
-    assert (neq.energy_joules, neq.energy_ratio) == (20.0, pytest.approx(2.0))
-    assert neq.memory_bytes is None
+    assert neq.measured.seconds_ratio == pytest.approx(0.8)
+    assert neq.measured.seconds_verdict == "less"
+    assert (neq.measured.energy_joules, neq.measured.energy_ratio) == (20.0, pytest.approx(2.0))
+    assert neq.measured.memory_bytes is None
     assert "It takes less time (× 0.80, 0.80 to 0.80)." in " ".join(
         render([only(root)], 80).split()
     )
     altered(root, key("random", 0), "trials", "trials_on_device", 2)
     table = only(root)
-    assert row_of(table, "neq").seconds_verdict is None
+    assert row_of(table, "neq").measured.seconds_verdict is None
     assert "no measurement" in render([table], 80)
 
 
@@ -167,7 +167,7 @@ def test_a_metric_that_is_none_in_the_last_epoch_is_a_failure(four, tmp_path, va
     assert table.failed == ["neq seed 2: its metric is no finite number"]
     assert (row_of(table, "neq").n, row_of(table, "neq").withheld) == (3, "1 failed")
     for row in table.methods:
-        assert row.difference is None or math.isfinite(row.difference)
+        assert row.quality.difference is None or math.isfinite(row.quality.difference)
 
 
 def test_what_is_not_finite_on_the_way_is_left_out(four, tmp_path, neqbench):
@@ -186,7 +186,7 @@ def test_what_is_not_finite_on_the_way_is_left_out(four, tmp_path, neqbench):
         result = neqbench("report", "digits", "--results", root, "--format", form)
         assert result.returncode == 0, form
         assert not re.search(r"\bnan\b", result.stdout)
-    assert row_of(only(root), "neq").seconds_train is None
+    assert row_of(only(root), "neq").measured.seconds_train is None
     assert any("unknown" in line for line in only(root).commits)
 
 
@@ -205,7 +205,11 @@ def test_a_failed_baseline_withholds_verdicts(four, tmp_path):
     root = copied(four, tmp_path)
     altered(root, key("baseline", 3), "trials", "state", "failed")
     neq = row_of(only(root), "neq")
-    assert (neq.difference_n, neq.verdict, neq.withheld) == (3, None, "a baseline failed")
+    assert (neq.quality.difference_n, neq.quality.verdict, neq.withheld) == (
+        3,
+        None,
+        "a baseline failed",
+    )
     assert "none: a baseline failed" in render([only(root)], 120)
     assert only(root).failed == ["baseline seed 3: no reason is known"]
 
@@ -215,7 +219,7 @@ def test_what_was_not_counted_is_not_saved(four, tmp_path):
     for seed in range(4):
         altered(root, key("neq", seed), "epochs", "backward_flops_executed", None)
     table = only(root)
-    assert math.isnan(row_of(table, "neq").saved)
+    assert math.isnan(row_of(table, "neq").savings.saved)
     assert all(
         math.isnan(p.share) for phase in table.phases for p in phase.methods if p.label == "neq"
     )
@@ -228,7 +232,7 @@ def test_threads_make_another_device(four, tmp_path):
     root = copied(four, tmp_path)
     for seed in range(4):
         altered(root, key("neq", seed), "trials", "threads", 4)
-    assert row_of(only(root), "neq").seconds_ratio is None
+    assert row_of(only(root), "neq").measured.seconds_ratio is None
     assert "with other threads" in render([only(root)], 80)
 
 
@@ -237,7 +241,7 @@ def test_noise_has_no_verdict(tmp_path):
     for spec in trials:
         run(spec, tmp_path)
     table = only(tmp_path)
-    assert (row_of(table, "neq").verdict, row_of(table, "neq").withheld) == (None, "noise")
+    assert (row_of(table, "neq").quality.verdict, row_of(table, "neq").withheld) == (None, "noise")
     assert "neq keeps" not in render([table], 80)
 
 
@@ -261,6 +265,6 @@ def test_a_group_that_is_not_begun_is_said(four, tmp_path, neqbench):
     root = copied(four, tmp_path)
     later = specs("digits", [*SMALL, "recipe.epochs=9"], "baseline,neq", "0-2")
     ask(Store(root, "digits"), later)
-    report = model.load([Store(root, "digits")])
+    report = model.load_report([Store(root, "digits")])
     assert [g.missing for g in report.not_begun] == [["baseline: seeds 0-2", "neq: seeds 0-2"]]
     assert "Not begun: neq: seeds 0-2" in neqbench("report", "digits", "--results", root).stdout

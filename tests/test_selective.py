@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq
 from neq.kernels import KERNELS, rows_for
-from neq.selective import Work, geometry, select
+from neq.selective import Work, assign, geometry
 
 # torch's own, once a process, where one side has to be padded more.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -104,7 +104,7 @@ def test_rows_that_train_get_the_plain_gradient(name, mask):
         layer = copy.deepcopy(plain)
         for p in layer.parameters():
             p.grad = None
-        select(layer, work_for(layer, mask, kernel))
+        assign(layer, work_for(layer, mask, kernel))
         ours = gradients(layer, x, weights)
         assert torch.equal(ours[0], output)
         torch.testing.assert_close(ours[1], by_input)
@@ -126,7 +126,7 @@ def test_cut_is_the_plain_backward_of_a_masked_output_gradient(name, mask):
     _, by_input, by_rows = gradients(copy.deepcopy(plain), x, weights * keeps)
     for kernel in ["dense"] if name in NORMS else {"dense", *allowed(plain)}:
         layer = copy.deepcopy(plain)
-        select(layer, work_for(layer, mask, kernel, cut=True))
+        assign(layer, work_for(layer, mask, kernel, cut=True))
         if mask.all():
             assert not layer(x.clone().requires_grad_()).requires_grad
             continue
@@ -146,7 +146,7 @@ def test_gradcheck(name, cut):
     if cut:  # not the gradient of any function, unless frozen rows have none to pass on
         with torch.no_grad():
             layer.weight[0] = 0
-    select(layer, work_for(layer, masked(layer, [0]), "gather", cut))
+    assign(layer, work_for(layer, masked(layer, [0]), "gather", cut))
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
@@ -162,7 +162,7 @@ def test_channels_last_stays_channels_last(kernel):
     weights = torch.randn(3, 8, 5, 5).to(memory_format=layout)
     theirs = gradients(copy.deepcopy(plain), x, weights)
     layer, mask = copy.deepcopy(plain), masked(plain, [1, 4, 5])
-    select(layer, work_for(layer, mask, kernel))
+    assign(layer, work_for(layer, mask, kernel))
     ours = gradients(layer, x, weights)
     assert ours[0].is_contiguous(memory_format=layout)
     assert ours[1].is_contiguous(memory_format=layout)
@@ -187,7 +187,7 @@ def test_only_what_autograd_grad_asks_for_is_computed(name, frozen):
     x = torch.randn(shape, requires_grad=True)
     flops = []
     for chosen in (None, work):
-        select(layer, chosen)
+        assign(layer, chosen)
         output = layer(x).sum()
         with FlopCounterMode(display=False) as counter:
             torch.autograd.grad(output, x)
@@ -195,7 +195,7 @@ def test_only_what_autograd_grad_asks_for_is_computed(name, frozen):
     assert flops[0] == flops[1] > 0
     if work.rows is not None:
         (weight,) = torch.autograd.grad(layer(x).sum(), layer.weight)
-        select(layer, None)
+        assign(layer, None)
         (plain,) = torch.autograd.grad(layer(x).sum(), layer.weight)
         torch.testing.assert_close(weight[1:], plain[1:])
 
@@ -217,7 +217,7 @@ def test_padding_that_was_assigned_later():
     plain = nn.Conv2d(3, 8, 3, padding=1)
     plain.padding = plain.dilation = (2, 2)
     layer, mask = copy.deepcopy(plain), masked(plain, [0, 3])
-    select(layer, work_for(layer, mask, "gather"))
+    assign(layer, work_for(layer, mask, "gather"))
     x = torch.randn(2, 3, 8, 8)
     weights = torch.randn(2, 8, 8, 8)
     ours, theirs = gradients(layer, x, weights), gradients(plain, x, weights)
@@ -229,7 +229,7 @@ def test_padding_that_was_assigned_later():
 def test_an_empty_batch(name):
     build, shape = LAYERS[name]
     layer = build()
-    select(layer, work_for(layer, masked(layer, [0]), "gather"))
+    assign(layer, work_for(layer, masked(layer, [0]), "gather"))
     x = torch.randn(0, *shape[1:], requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape
@@ -238,7 +238,7 @@ def test_an_empty_batch(name):
 
 def test_many_gradients_at_once_and_forward_mode():
     layer = nn.Linear(3, 4)
-    select(layer, work_for(layer, masked(layer, [0]), "gather"))
+    assign(layer, work_for(layer, masked(layer, [0]), "gather"))
     output = layer(torch.randn(2, 3))
     (rows,) = torch.autograd.grad(
         output, layer.weight, torch.eye(8).view(8, 2, 4), is_grads_batched=True

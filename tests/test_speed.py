@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.commands import speed as timing
-from harness.commands.speed import shares, speed
+from harness.commands.speed import parse_shares, speed
 from harness.flops.subject import subject
 
 SMALL = ["--model", "suites.resnet:resnet8", "--input", "1x16x16", "--batch", "4"]
@@ -114,4 +114,4 @@ def test_bad_input(neqbench, arguments, says):
 
 
 def test_shares():
-    assert shares("0, 0.5,1") == [0, 0.5, 1]
+    assert parse_shares("0, 0.5,1") == [0, 0.5, 1]

@@ -2,10 +2,11 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from trials import SMALL, ask, heed_ctrl_c, run, small
 from harness.commands import doctor_machine, status
 from harness.run.trials import specs
 from harness.storage import leases
-from harness.storage.requests import Plan
+from harness.storage.requests import Request, keep_request
 from harness.storage.store import Store
 
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
@@ -62,7 +63,7 @@ def test_suites_are_kept_apart(tmp_path, neqbench):
     run(small("baseline"), tmp_path)
     (tmp_path / "other" / "plans").mkdir(parents=True)
     store = Store(tmp_path, "other")
-    store.plan(Plan(group="a group", trials=[("a key", "neq", 0)]))
+    keep_request(store.location, Request(group="a group", trials=[("a key", "neq", 0)]))
     found = json.loads(neqbench("status", "--results", tmp_path, "--format", "json").stdout)
     counted = [(g["suite"], g["counts"]["done"], g["counts"]["to do"]) for g in found["groups"]]
     assert counted == [("digits", 1, 0), ("other", 0, 1)]
@@ -70,7 +71,7 @@ def test_suites_are_kept_apart(tmp_path, neqbench):
 
 def test_a_running_trial_has_a_heartbeat(results, neqbench):
     store, spec = Store(results, "digits"), small("neq")
-    with leases.Lease.acquire(store.place, spec.key, leases.Claim("me", None)):
+    with leases.Lease.acquire(store.location, spec.key, leases.Claim("me", None)):
         groups = read(neqbench, results)
     (trial,) = [t for t in groups[spec.group]["trials"] if t["method"] == "neq" and t["seed"] == 0]
     assert trial["state"] == "running"
@@ -105,7 +106,6 @@ def test_what_is_done_is_read_once(results, monkeypatch):
 def test_nothing_is_imported_that_takes_long(results):
     code = f"""
 import sys
-import time
 sys.argv = ["neqbench", "status", "--results", {str(results)!r}]
 from harness.cli import main
 try:
@@ -161,9 +161,13 @@ def test_a_secret_is_never_shown(tmp_path, neqbench, monkeypatch):
 
 def test_watching_is_ended_by_ctrl_c(results):
     words = [sys.executable, "-m", "harness", "status", "--results", str(results), "--watch"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(words, preexec_fn=heed_ctrl_c, **pipes) as process:
-        time.sleep(5)
+    shown, terminal = pty.openpty()
+    with subprocess.Popen(words, preexec_fn=heed_ctrl_c, stdout=terminal) as process:
+        os.close(terminal)  # else nothing ends when the process does
+        text = b""
+        while b"interrupted" not in text:
+            assert select.select([shown], [], [], 60)[0]
+            text += os.read(shown, 4096)
         os.kill(process.pid, signal.SIGINT)
-        process.communicate(timeout=20)
-    assert process.returncode == 130
+        assert process.wait(timeout=20) == 130
+    os.close(shown)

@@ -12,37 +12,87 @@ from trials import assert_same_results, run, small
 
 from harness.errors import UserError
 from harness.run.events import Notice
+from harness.storage.checkpoint import pack_table, table_in, unpack_table
 from harness.storage.locations import StorageError
-from harness.storage.schema import SCHEMAS, EpochRecord, from_bytes, identified, to_bytes
-from harness.storage.store import Owner, Store
+from harness.storage.owner import Owner
+from harness.storage.schema import COLUMNS, IDENTITY, SCHEMAS, EpochRecord, identified
+from harness.storage.store import Store
 
 
 def test_records_and_schema_have_the_same_columns():
     assert list(EpochRecord.__dataclass_fields__) == SCHEMAS["epochs"].names[5:]
 
 
+FLOPS = "forward_flops backward_flops_dense backward_flops_paper backward_flops_required "
+FLOPS += "backward_flops_executed"
+NAMES = {
+    "trials": "state reason traceback epochs epochs_done metric title experiment parameters data "
+    "data_fingerprint attempts trials_on_device threads device cpu gpu driver git_sha git_dirty "
+    "versions started updated",
+    "epochs": "epoch samples lr train_loss val_loss test_loss test_metric frozen_neurons "
+    f"total_neurons {FLOPS} overhead_flops seconds_train seconds_equilibrium seconds_test "
+    "seconds_checkpoint peak_memory_bytes energy_joules",
+    "layers": f"epoch layer neurons frozen {FLOPS} phi_quantiles delta_phi_quantiles "
+    "velocity_quantiles",
+}
+WHOLE = f"seed epoch epochs epochs_done attempts trials_on_device threads samples {FLOPS} "
+WHOLE += "frozen_neurons total_neurons overhead_flops peak_memory_bytes neurons frozen"
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_columns_are_those_of_the_files_that_are_out_there(kind):
+    """Written by hand: names, their order and their types are a contract."""
+    schema = SCHEMAS[kind]
+    assert schema.names == [*["trial", "group", "suite", "method", "seed"], *NAMES[kind].split()]
+    real = {n for n in schema.names if n in {"lr", "energy_joules"} or "loss" in n or "metric" in n}
+    real |= {name for name in schema.names if name.startswith("seconds_")}
+    for field in schema:
+        if field.name in WHOLE.split():
+            assert field.type == pa.int64()
+        elif field.name in real - {"metric"}:
+            assert field.type == pa.float64()
+        elif field.name.endswith("_quantiles"):
+            assert field.type == pa.list_(pa.float64())
+        elif field.name in ("started", "updated"):
+            assert field.type == pa.timestamp("us", tz="UTC")
+        else:
+            assert field.type == (pa.bool_() if field.name == "git_dirty" else pa.string())
+
+
 def test_tables_survive_the_way_through_a_checkpoint():
     rows = [{"epoch": 1, "layer": "conv", "frozen": None, "phi_quantiles": [0.5, 1.0]}]
     table = identified(small("baseline"), rows, "layers")
-    assert from_bytes(to_bytes(table)).equals(table)
+    assert unpack_table(pack_table(table)).equals(table)
     assert table.schema.equals(SCHEMAS["layers"])
-    assert from_bytes(to_bytes(SCHEMAS["epochs"].empty_table())).num_rows == 0
+    assert unpack_table(pack_table(SCHEMAS["epochs"].empty_table())).num_rows == 0
+
+
+def test_columns_that_a_checkpoint_does_not_have_yet_are_null():
+    rows = [{"epoch": 1, "layer": "conv", "frozen": 3}]
+    table = identified(small("baseline"), rows, "layers")
+    state = {"rows": {"layers": pack_table(table.drop_columns(["frozen", "layer"]))}}
+    found = table_in(state["rows"], "layers")
+    assert found.schema.equals(SCHEMAS["layers"], check_metadata=True)
+    assert found.select(["epoch", "frozen", "layer"]).to_pylist() == [
+        {"epoch": 1, "frozen": None, "layer": None}
+    ]
+    with pytest.raises(KeyError, match="epochs"):
+        table_in(state["rows"], "epochs")
 
 
 def test_the_columns_are_those_of_the_documentation():
-    """results/README.md is what users rely on."""
+    """results/README.md is what users rely on: its tables say what the declarations do."""
     text = (Path(__file__).parents[1] / "results" / "README.md").read_text()
-    for kind, schema in SCHEMAS.items():
-        for name in schema.names:
-            documented = name.removesuffix("_quantiles")
-            known = f"`{documented}`" in text or documented.startswith("backward_flops")
-            assert known, (kind, name)
+    for title, columns in {"all tables": IDENTITY, **COLUMNS}.items():
+        table = [f"| {title} | |", "| --- | --- |"]
+        table += [f"| `{column.name}` | {column.meaning} |" for column in columns]
+        assert "\n".join(table) + "\n\n" in text, title
 
 
 def test_files_can_be_read_by_others(tmp_path):
-    store, mask = Owner(tmp_path, "digits", 1), os.umask(0o022)
+    owner, mask = Owner(Store(tmp_path, "digits"), "key", 1), os.umask(0o022)
     try:
-        store.save_checkpoint("key", 1, {})
+        owner.save_checkpoint(1, {})
     finally:
         os.umask(mask)
     (path,) = (tmp_path / "digits" / "checkpoints" / "key").iterdir()
@@ -66,16 +116,17 @@ def test_readers_skip_files_that_are_being_written(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    store, spec = Owner(tmp_path, "digits", 1), small("baseline")
-    store.save_checkpoint(spec.key, 1, {"rows": {}, "epoch": torch.tensor(1)})
+    spec = small("baseline")
+    owner = Owner(Store(tmp_path, "digits"), spec.key, 1)
+    owner.save_checkpoint(1, {"rows": {}, "epoch": torch.tensor(1)})
 
     def full(_fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space"):
-        store.save_checkpoint(spec.key, 2, {"rows": {}, "epoch": torch.tensor(2)})
-    assert store.load_checkpoint(spec.key)["epoch"] == 1
+        owner.save_checkpoint(2, {"rows": {}, "epoch": torch.tensor(2)})
+    assert owner.load_checkpoint()["epoch"] == 1
     assert len(list((tmp_path / "digits" / "checkpoints" / spec.key).iterdir())) == 1
 
 
@@ -138,9 +189,8 @@ def test_a_trial_goes_on_from_a_checkpoint_of_version_1(tmp_path):
     for path in others:
         path.unlink()
     found = torch.load(newest, weights_only=True)
-    table = as_version_1(from_bytes(found["state"]["rows"]["epochs"].numpy().tobytes()))
-    packed = torch.frombuffer(bytearray(to_bytes(table)), dtype=torch.uint8)
-    found["state"]["rows"]["epochs"] = packed
+    table = as_version_1(unpack_table(found["state"]["rows"]["epochs"]))
+    found["state"]["rows"]["epochs"] = pack_table(table)
     found["version"] = "1"
     buffer = io.BytesIO()
     torch.save(found, buffer)

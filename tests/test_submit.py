@@ -5,17 +5,15 @@ import os
 import re
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import free_ports, running_ray
 from trials import SMALL, assert_same_results, keep_tuning, run, small
 
 from harness.commands import submit
@@ -26,18 +24,10 @@ BIN = Path(sys.executable).parent
 SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
 
 
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 @pytest.fixture(scope="module")
 def head():
     """(address of the dashboard, environment that may talk to it)."""
-    port, dashboard, client = free_ports(3)
+    (dashboard,) = free_ports(1)
     given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = (
         os.environ
@@ -47,24 +37,17 @@ def head():
             "RAY_USAGE_STATS_ENABLED": "0",
         }
     )
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        words = f"start --head --block --port {port} --num-cpus 2 --temp-dir {folder}"
-        words += f" --dashboard-host 127.0.0.1 --dashboard-port {dashboard}"
-        words += f" --ray-client-server-port {client} --min-worker-port 0 --max-worker-port 0"
-        with subprocess.Popen(
-            [BIN / "ray", *words.split()],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process:
-            address = f"http://127.0.0.1:{dashboard}"
-            listing = [BIN / "ray", "job", "list", "--address", address]
-            wait_for(
-                lambda: not subprocess.run(listing, env=environment, capture_output=True).returncode
-            )
-            yield address, environment
-            process.send_signal(signal.SIGTERM)
+    words = f"--dashboard-host 127.0.0.1 --dashboard-port {dashboard}".split()
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder,
+        running_ray(folder, environment, *words),
+    ):
+        address = f"http://127.0.0.1:{dashboard}"
+        listing = [BIN / "ray", "job", "list", "--address", address]
+        wait_for(
+            lambda: not subprocess.run(listing, env=environment, capture_output=True).returncode
+        )
+        yield address, environment
 
 
 def wait_for(happens, limit=90):
@@ -92,10 +75,11 @@ def neqbench(environment, *words, cwd):
 
 def test_a_submitted_suite_ends_with_the_local_report(tmp_path, head):
     address, environment = head
-    specs = [small("baseline"), small("neq")]
+    longer = "recipe.epochs=40"  # it still runs when it is submitted again
+    specs = [small("baseline", longer), small("neq", longer)]
     remote = tmp_path / "remote"
     keep_tuning(specs[0], remote)
-    choice = ["digits", *SETTINGS, "--methods", "baseline,neq", "--seeds", "0"]
+    choice = ["digits", *SETTINGS, "--set", longer, "--methods", "baseline,neq", "--seeds", "0"]
     words = ["submit", *choice, "--address", address, "--results", remote]
     first = neqbench(environment, *words, cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
@@ -160,7 +144,7 @@ def test_what_can_not_be_submitted(tmp_path, neqbench):
 def test_what_is_sent(tmp_path):
     """Code and suite; no data, results, caches or history. It runs, and is the same trial."""
     own = tmp_path / "mine"
-    shutil.copytree(files.builtin()["digits"].parent, own)
+    shutil.copytree(files.shipped_suites()["digits"].parent, own)
     for name in ("data", "results", ".git", "__pycache__"):
         (own / name).mkdir(exist_ok=True)
         (own / name / "large").write_bytes(b"x")
@@ -174,6 +158,7 @@ def test_what_is_sent(tmp_path):
     assert not [path for path in sent if path.endswith((".pyc", "large"))]
     assert sum((staging / path).stat().st_size for path in sent) < 2**20
     words = ["-m", "harness", "plan", where, "--methods", "neq", "--seeds", "0", *SETTINGS]
+    words += ["--set", "model.build=suites.resnet:resnet8", "--set", "model.arguments={}"]
     words += ["--format", "json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=staging, capture_output=True, text=True, check=True

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from harness.errors import UserError
-from harness.run.preflight import check
+from harness.run.preflight import preflight
 from harness.run.trials import specs, states
 from harness.suite import files, parts
 from harness.suite.config import TrialSpec
@@ -42,18 +42,18 @@ def folder(tmp_path):
 
 
 def test_the_built_in_suites_load():
-    names = files.builtin()
+    names = files.shipped_suites()
     assert {"digits", "cifar10", "cifar10-adam"} <= names.keys()
     for name in names:
-        suite, path = files.load(name)
+        suite, path = files.load_suite(name)
         assert suite.name == name
         assert path.is_dir()
-        assert callable(parts.part(suite.model.build, path))
-        assert callable(parts.part(suite.data.load, path))
+        assert callable(parts.load_part(suite.model.build, path))
+        assert callable(parts.load_part(suite.data.load, path))
 
 
 def test_cifar10_is_the_papers_recipe():
-    suite, _ = files.load("cifar10")
+    suite, _ = files.load_suite("cifar10")
     recipe = suite.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.precision) == (250, 100, "bf16")
     sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -62,7 +62,7 @@ def test_cifar10_is_the_papers_recipe():
     neq, reference = suite.methods["neq"], suite.methods["neq-reference"]
     assert (neq.eps, neq.mu, neq.recursion, neq.similarity) == (1e-3, 0.5, "paper", "dataset")
     assert (reference.recursion, reference.similarity) == ("reference", "sample")
-    adam, _ = files.load("cifar10-adam")
+    adam, _ = files.load_suite("cifar10-adam")
     assert adam.recipe.optimizer.name == "Adam"
     assert adam.recipe.optimizer.arguments["lr"] == 1e-3
     assert "momentum" not in adam.recipe.optimizer.arguments
@@ -79,7 +79,7 @@ def test_settings_reach_any_depth(folder):
         "seeds=[3]",
         "methods.new={kind='random', keep=0.5}",
     ]
-    suite, path = files.load(str(folder), settings)
+    suite, path = files.load_suite(str(folder), settings)
     assert path == folder
     assert suite.name == "mine"
     assert (suite.recipe.epochs, suite.seeds, suite.data.root) == (7, (3,), "../somewhere/else")
@@ -120,25 +120,25 @@ def test_settings_reach_any_depth(folder):
 )
 def test_a_wrong_value_is_said_in_one_line(folder, setting, message):
     with pytest.raises(UserError, match=message) as caught:
-        files.load(str(folder), [setting])
+        files.load_suite(str(folder), [setting])
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_suite(folder, tmp_path):
     with pytest.raises(UserError, match=r"unknown suite 'digitz' \(did you mean 'digits'\?\)"):
-        files.load("digitz")
+        files.load_suite("digitz")
     (folder / "suite.toml").write_text("title = ")
     with pytest.raises(UserError, match="not valid TOML"):
-        files.load(str(folder))
+        files.load_suite(str(folder))
     (folder / "suite.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
-        files.load(str(folder))
+        files.load_suite(str(folder))
     (folder / "suite.toml").write_text('extends = "none.toml"')
     with pytest.raises(UserError, match=r"no file 'none\.toml'"):
-        files.load(str(folder))
+        files.load_suite(str(folder))
     (folder / "suite.toml").write_text('extends = "suite.toml"')
     with pytest.raises(UserError, match="extends itself"):
-        files.load(str(folder))
+        files.load_suite(str(folder))
 
 
 def test_extending_replaces_what_is_named_anew(folder):
@@ -155,7 +155,7 @@ kind = "random"
 keep = 0.5
 """
     )
-    suite, _ = files.load(str(folder / "more.toml"))
+    suite, _ = files.load_suite(str(folder / "more.toml"))
     assert (suite.name, suite.recipe.epochs, suite.recipe.batch_size) == ("mine-more", 9, 4)
     assert (suite.recipe.optimizer.name, suite.recipe.optimizer.arguments) == ("Adam", {})
     assert (suite.methods["neq"].eps, suite.methods["neq"].mu) == (0.01, 0.25)
@@ -164,32 +164,32 @@ keep = 0.5
 
 def test_parts_come_from_the_suite_s_folder_first(folder):
     (folder / "model.py").write_text("def build(): return 'mine'")
-    assert parts.part("model:build", folder)() == "mine"
-    assert parts.part("json:dumps", folder) is json.dumps
+    assert parts.load_part("model:build", folder)() == "mine"
+    assert parts.load_part("json:dumps", folder) is json.dumps
     for reference in ("model:nothing", "no_such_module:x", "plain"):
         with pytest.raises(UserError, match=reference.partition(":")[0]):
-            parts.part(reference, folder)
+            parts.load_part(reference, folder)
     with pytest.raises(UserError, match="returned str, not a torch module"):
         parts.build_model("model:build", folder, {})
     with pytest.raises(UserError, match="failed: TypeError"):
-        parts.build("model:build", folder, {"width": 3})
+        parts.build_part("model:build", folder, {"width": 3})
 
 
 def test_a_module_that_fails_is_said_with_its_place_each_time(folder):
     (folder / "broken.py").write_text("\nvalue = 1 / 0\n")
     for _ in range(2):
         with pytest.raises(UserError, match=r"ZeroDivisionError: .* \(broken\.py, line 2\)"):
-            parts.part("broken:value", folder)
+            parts.load_part("broken:value", folder)
     (folder / "wrong.py").write_text("def build(:")
     with pytest.raises(UserError, match="SyntaxError"):
-        parts.part("wrong:build", folder)
+        parts.load_part("wrong:build", folder)
     (folder / "neighbour_of_broken.py").write_text("value = 7")
     (folder / "importing.py").write_text("from neighbour_of_broken import value")
-    assert parts.part("importing:value", folder) == 7
+    assert parts.load_part("importing:value", folder) == 7
 
 
 def spec(folder, settings=(), method="neq", seed=0, fingerprint="f", code="c"):
-    suite, path = files.load(str(folder), settings)
+    suite, path = files.load_suite(str(folder), settings)
     return TrialSpec(
         suite=suite,
         folder=str(path),
@@ -236,7 +236,7 @@ def test_keys_do_not_depend_on_how_a_value_is_written(folder):
 
 def test_keys_stay_what_they_are():
     """Stored results are found by these: a change here orphans them (raise NUMERICS instead)."""
-    suite, folder = files.load("digits")
+    suite, folder = files.load_suite("digits")
     names = {
         "folder": str(folder),
         "fingerprint": "f",
@@ -252,14 +252,16 @@ def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):
     keys = []
     for text in ("x = 1", "x = 2"):
         folder = tmp_path / "mine"
-        shutil.copytree(files.builtin()["digits"].parent, folder, dirs_exist_ok=True)
+        shutil.copytree(files.shipped_suites()["digits"].parent, folder, dirs_exist_ok=True)
         (folder / "extra.py").write_text(text)
         keys.append(specs(str(folder), methods="neq", seeds="0")[0].key)
     assert keys[0] != keys[1]
-    cifar10, elsewhere = files.load("cifar10")
+    cifar10, elsewhere = files.load_suite("cifar10")
     (digits,) = specs("digits", methods="neq", seeds="0")
-    assert digits.code == parts.code(cifar10, elsewhere, shipped=True)  # none of neqbench's own
-    assert parts.code(cifar10, elsewhere, shipped=False) != digits.code
+    assert digits.code == parts.code_digest(
+        cifar10, elsewhere, shipped=True
+    )  # none of neqbench's own
+    assert parts.code_digest(cifar10, elsewhere, shipped=False) != digits.code
 
 
 def test_parts_need_not_be_plain_functions(folder):
@@ -269,8 +271,8 @@ def test_parts_need_not_be_plain_functions(folder):
     ):
         (folder / "model.py").write_text(text)
         (folder / "data.py").write_text("def load(options): ...")
-        suite, path = files.load(str(folder))
-        assert parts.code(suite, path, shipped=False)
+        suite, path = files.load_suite(str(folder))
+        assert parts.code_digest(suite, path, shipped=False)
 
 
 def test_plan_of_digits(tmp_path):
@@ -331,7 +333,7 @@ def test_wrong_choices(arguments, message):
 def test_what_only_torch_can_tell_is_found_before_anything_runs(setting, message):
     with pytest.raises(UserError, match=message):  # noqa: PT012 — the earlier the better
         trials = specs("digits", [setting])
-        check(trials)
+        preflight(trials)
 
 
 def test_data_parts_that_fail_or_return_something_else(folder):

@@ -11,11 +11,11 @@ from trials import SMALL, ask, run
 from harness.errors import UserError
 from harness.report.curves import curves, sweeps
 from harness.report.figures import pictures
-from harness.report.model import load
+from harness.report.model import load_report
 from harness.run.trials import chosen_methods, specs
 from harness.storage.store import Store
 from harness.suite import files
-from harness.suite.sweep import named
+from harness.suite.sweep import point_label
 
 
 def trials(*settings, methods="baseline,neq", seeds="0"):
@@ -28,12 +28,12 @@ def test_a_methods_parameters_make_methods():
     assert len(found) == 7
     assert len({t.group for t in found}) == 1
     assert len({t.key for t in found}) == 7
-    assert (found[4].spec.eps, found[4].spec.mu) == (1e-4, 0.9)
+    assert (found[4].method_spec.eps, found[4].method_spec.mu) == (1e-4, 0.9)
 
 
 def test_values_of_the_experiment_make_groups_with_a_baseline_each():
     found = trials("data.validation_size=[20, 5]", seeds="0-1")
-    assert [(named(t.suite.point), t.method, t.seed) for t in found] == [
+    assert [(point_label(t.suite.point), t.method, t.seed) for t in found] == [
         (point, method, seed)
         for seed in (0, 1)
         for point in ("validation_size=20", "validation_size=5")
@@ -48,7 +48,7 @@ def test_values_of_the_experiment_make_groups_with_a_baseline_each():
 def test_tables_are_points_too():
     adam = "recipe.optimizer=[{name='SGD', lr=0.05}, {name='SGD', lr=0.5}, {name='Adam', lr=1e-3}]"
     found = trials(adam, "recipe.epochs=[2, 3]", "model.arguments=[{}, {width=8}]")
-    points = [named(group[0].suite.point) for group in found.groups()]
+    points = [point_label(group[0].suite.point) for group in found.groups()]
     assert len(points) == len(set(points)) == 12
     assert points[0] == "arguments={} epochs=2 optimizer=SGD lr=0.05"
     assert {group[0].suite.recipe.optimizer.name for group in found.groups()} == {"SGD", "Adam"}
@@ -84,12 +84,12 @@ def test_what_takes_a_list_is_no_axis():
 )
 def test_a_grid_that_is_none(setting, message):
     with pytest.raises(UserError, match=message):
-        files.load("digits", [setting])
+        files.load_suite("digits", [setting])
 
 
 def test_one_method_of_a_sweep_can_be_chosen():
     (one,) = trials("methods.neq.eps=[0, 1e-4]", methods="neq eps=0.0001")
-    assert one.spec.eps == 1e-4
+    assert one.method_spec.eps == 1e-4
     with pytest.raises(
         UserError, match=r"unknown method 'neq eps=1'; suite digits has .*neq eps=0"
     ):
@@ -107,7 +107,7 @@ PAPER = {
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_ablations(name):
     (axis,), count, validation = PAPER[name]
-    points, _ = files.experiments(name)
+    points, _ = files.load_experiments(name)
     chosen = chosen_methods(points[0], None)
     assert (len(chosen) - 1 if axis == "methods" else len(points)) == count
     sizes = {point.data.validation_size for point in points}
@@ -115,7 +115,7 @@ def test_the_papers_ablations(name):
     assert {point.recipe.epochs for point in points} == {250}
     named = {method for value in points[0].published.values for method in value.methods}
     assert named <= set(points[0].methods)
-    short, _ = files.experiments(name.replace("cifar10", "digits"))
+    short, _ = files.load_experiments(name.replace("cifar10", "digits"))
     assert {point.recipe.epochs for point in short} == {30}
     assert chosen_methods(short[0], None)[0] == "baseline"
 
@@ -132,7 +132,7 @@ def swept(tmp_path_factory):
 
 
 def test_a_sweep_is_reported_point_by_point_and_as_curves(swept, neqbench):
-    report = load([Store(swept, "digits")])
+    report = load_report([Store(swept, "digits")])
     assert [t.point for t in report.groups] == ["validation_size=20", "validation_size=5"]
     assert [t.apart["data.validation_size"] for t in report.groups] == [20, 5]
     assert report.groups[0].axes == [{"data.validation_size": 20}]
@@ -151,7 +151,7 @@ def test_a_sweep_is_reported_point_by_point_and_as_curves(swept, neqbench):
     assert len(rows) == len(of) == 6
     for line, (point, row) in zip(rows, of, strict=True):
         assert line.startswith(f"{point} ")
-        assert f"{100 * row.metric_mean:.2f}" in line
+        assert f"{100 * row.quality.metric_mean:.2f}" in line
     page = neqbench("report", "digits", "--results", swept, "--format", "html").stdout
     assert page.count("<figure") == len(list(pictures(report)))
     status = json.loads(neqbench("status", "--results", swept, "--format", "json").stdout)
@@ -173,13 +173,13 @@ def test_a_curve_of_words_keeps_their_order(tmp_path):
         run(spec, tmp_path)
     for group in found.groups():
         ask(Store(tmp_path, "digits"), group)
-    (curve,) = curves(load([Store(tmp_path, "digits")]).groups)
+    (curve,) = curves(load_report([Store(tmp_path, "digits")]).groups)
     assert (curve.parameter, curve.ticks) == (
         "recipe.optimizer",
         ["SGD\nlr=0.05", "Adam\nlr=0.001"],
     )
     shutil.rmtree(tmp_path / "digits" / "plans")  # without a plan nothing says that it is a sweep
-    assert not list(curves(load([Store(tmp_path, "digits")]).groups))
+    assert not list(curves(load_report([Store(tmp_path, "digits")]).groups))
 
 
 def test_points_are_told_apart_from_other_runs(swept, tmp_path):
@@ -196,7 +196,7 @@ def test_points_are_told_apart_from_other_runs(swept, tmp_path):
             "digits", [*SMALL, *sweep], "baseline", "0", synthetic=synthetic
         ).groups():
             ask(store, group)
-    report = load([store])
+    report = load_report([store])
     found = list(sweeps(report.groups))
     assert [[(t.epochs, t.synthetic) for _, t in sweep] for sweep in found] == [
         [(3, False)] * 2,
@@ -209,13 +209,13 @@ def test_points_are_told_apart_from_other_runs(swept, tmp_path):
 
 def test_a_method_that_some_points_lack_is_drawn_where_it_is(swept, tmp_path):
     shutil.copytree(swept / "digits", tmp_path / "digits")
-    report = load([Store(tmp_path, "digits")])
+    report = load_report([Store(tmp_path, "digits")])
     lost = report.groups[1].group
     for path in list((tmp_path / "digits" / "trials").iterdir()):
         row = pq.read_table(path).to_pylist()[0]
         if row["group"] == lost and row["method"] == "neq eps=9":
             path.unlink()
-    (curve,) = [c for c in curves(load([Store(tmp_path, "digits")]).groups) if not c.family]
+    (curve,) = [c for c in curves(load_report([Store(tmp_path, "digits")]).groups) if not c.family]
     assert {label: len(points) for label, points in curve.lines.items()} == {
         "baseline": 2,
         "neq eps=0.01": 2,
@@ -231,7 +231,7 @@ def test_words_beside_a_number_make_lines_of_their_own(tmp_path):
     )  # fmt: skip
     for spec in found:
         run(spec, tmp_path)
-    report = load([Store(tmp_path, "digits")])
+    report = load_report([Store(tmp_path, "digits")])
     lines = {
         (c.family, label): len(p) for c in curves(report.groups) for label, p in c.lines.items()
     }
@@ -253,7 +253,7 @@ def test_a_group_can_be_a_point_of_two_sweeps(swept, tmp_path):
         run(spec, tmp_path)
     for group in found.groups():
         ask(Store(tmp_path, "digits"), group)
-    report = load([Store(tmp_path, "digits")])
+    report = load_report([Store(tmp_path, "digits")])
     points = [[point for point, _ in sweep] for sweep in sweeps(report.groups)]
     assert points == [
         [{"data.validation_size": 20}, {"data.validation_size": 5}],

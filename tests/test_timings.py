@@ -7,7 +7,7 @@ from conftest import Net
 from torch import nn
 
 import neq
-from neq.kernels import choose
+from neq.kernels import choose_rows
 
 
 def as_lists(rows):
@@ -31,7 +31,7 @@ def as_lists(rows):
 )
 def test_the_rows_that_are_computed(frozen, options, expected):
     mask = torch.tensor([digit == "1" for digit in frozen])
-    assert as_lists(choose(mask, **options)) == list(expected)
+    assert as_lists(choose_rows(mask, **options)) == list(expected)
 
 
 TABLE = {

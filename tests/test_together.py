@@ -12,19 +12,20 @@ from unittest.mock import patch
 import pandas as pd
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from conftest import start_workers
+from torch import distributed
 from trials import SLOT, SMALL, assert_same_results, keep_tuning, results, small
 
 from harness import parallel
 from harness.data import dataset, streamed
 from harness.data.load import load_data
 from harness.errors import UserError
-from harness.run import preflight, trials
-from harness.run.attempt import Broken, supervised
+from harness.run import preflight
+from harness.run.attempt import Broken, attempt
 from harness.run.executors import Inline, Ray
+from harness.run.trials import resolved
 from harness.storage import locations
-from harness.storage.recorder import Failure
-from harness.storage.schema import EpochRecord
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite import files
 
@@ -35,32 +36,44 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+
 # A model whose output for a sample does not depend on the others of its batch; data that say which
 # process reads them, and that can break in one of them.
 PARTS = """
 import os
+import time
 from pathlib import Path
 
 import torch
-from harness.suite import files
+from harness.suite import files, parts
 from harness.errors import UserError
 from harness.parallel import rank
 from torch import nn
 
 HERE = Path(__file__).parent
 
+# Waits in the third epoch for as long as a file tells it to.
+class Hold(nn.Module):
+    batches = 0
+
+    def forward(self, x):
+        self.batches += self.training and torch.is_grad_enabled()
+        while self.batches > 13 and (HERE / "hold").exists():
+            time.sleep(0.05)
+        return x
+
 def load(options):
     (HERE / f"pid{rank()}").write_text(str(os.getpid()))
     if (HERE / f"broken{rank()}").exists():
         raise UserError(f"the disk of worker {rank()} is gone")
-    suite, folder = files.load("digits")
-    return parts.part("data:load", folder)(options)
+    suite, folder = files.load_suite("digits")
+    return parts.load_part("data:load", folder)(options)
 
 def model():
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(),
         nn.Conv2d(8, 8, 3, stride=2), nn.GroupNorm(4, 8), nn.ReLU(),
-        nn.Flatten(), nn.Linear(392, 10),
+        nn.Flatten(), nn.Linear(392, 10), Hold(),
     )
 """
 
@@ -68,7 +81,7 @@ def model():
 @pytest.fixture
 def own(tmp_path):
     folder = tmp_path / "own"
-    shutil.copytree(files.builtin()["digits"].parent, folder)
+    shutil.copytree(files.shipped_suites()["digits"].parent, folder)
     (folder / "data.py").unlink()
     (folder / "parts.py").write_text(PARTS)
     text = (folder / "suite.toml").read_text()
@@ -83,7 +96,7 @@ def together(specs, root, world=2, epochs=None):
         keep_tuning(spec, root)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, specs, str(root), epochs)
-        multiprocessing.spawn(worker, arguments, nprocs=world)
+        start_workers(worker, arguments, world)
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
 
 
@@ -100,7 +113,7 @@ def worker(rank, world, folder, specs, root, epochs):
     locations.Folder.write = noted
     try:
         for spec in specs:
-            for count, event in enumerate(supervised(spec, root, SLOT)):
+            for count, event in enumerate(attempt(spec, root, SLOT)):
                 seen.append(event)
                 if count == epochs:
                     break
@@ -194,22 +207,23 @@ def drifting(rank, folder):
 
 
 def test_workers_that_drift_apart_are_found(tmp_path):
-    multiprocessing.spawn(drifting, (str(tmp_path),), nprocs=2)
+    start_workers(drifting, (str(tmp_path),), 2)
 
 
-def test_a_killed_worker_ends_at_the_same_numbers_under_ray(tmp_path, own):
-    settings = ["resources.workers=2", "recipe.epochs=30", "data.train_size=1200"]
-    spec = small("neq", *settings, suite=str(own))
+def test_a_killed_worker_ends_at_the_same_numbers_under_ray(tmp_path, own, shared_ray):
+    spec = small("neq", "resources.workers=2", suite=str(own))
     together([spec], tmp_path / "through")
     keep_tuning(spec, tmp_path / "ray")
     seen, killed = [], 0
+    (own / "hold").touch()
     for _, event in Ray().run([spec], str(tmp_path / "ray")):
         seen.append(event)
         if isinstance(event, EpochRecord) and event.epoch == 1 and not killed:
             killed = int((own / "pid1").read_text())
             os.kill(killed, signal.SIGKILL)
+            (own / "hold").unlink()
     assert killed != int((own / "pid1").read_text())
-    assert [e.epoch for e in seen if isinstance(e, EpochRecord)] == list(range(30))
+    assert [e.epoch for e in seen if isinstance(e, EpochRecord)] == list(range(5))
     assert seen[-1] is None
     assert_same_results(spec, tmp_path / "through", tmp_path / "ray")
     row = Store(tmp_path / "ray", "own").trial(spec.key)
@@ -236,21 +250,21 @@ def resuming(rank, folder, spec, root):
     place = root if rank == 0 else f"{folder}/elsewhere"  # a folder that not every node sees
     keep_tuning(spec, place)
     with pytest.raises(Broken, match=r"do not find the same checkpoint .* must lie where every"):
-        list(supervised(spec, place, SLOT))
+        list(attempt(spec, place, SLOT))
 
 
 def test_results_that_not_every_worker_sees(tmp_path):
     spec = small("baseline", "resources.workers=2")
     together([spec], tmp_path / "root", epochs=2)
     arguments = (str(tmp_path), spec, str(tmp_path / "root"))
-    multiprocessing.spawn(resuming, arguments, nprocs=2)
+    start_workers(resuming, arguments, 2)
 
 
 @pytest.mark.parametrize("world", [3, 4])
 def test_samples_are_checked_on_every_worker(world):
     """Each looks at its own, and has some."""
     settings = ["model.input=[3, 32, 32]", "data.validation_size=2", "recipe.batch_size=16"]
-    suite, folder = trials.located(*files.load("imagenet", settings), synthetic=True)
+    suite, folder = resolved(*files.load_suite("imagenet", settings), synthetic=True)
     data = load_data(suite, folder)
     for rank in range(world):
         with (
@@ -281,13 +295,13 @@ def model():
 """
     (own / "parts.py").write_text(text)
     settings = ["model.exclude=['inner.7']"]
-    preflight.check([small("baseline", *settings, suite=str(own))])
+    preflight.preflight([small("baseline", *settings, suite=str(own))])
     settings.append("resources.workers=2")
     with pytest.raises(UserError, match=r"unused\.weight gets no gradient"):
-        preflight.check([small("baseline", *settings, suite=str(own))])
+        preflight.preflight([small("baseline", *settings, suite=str(own))])
 
 
-def test_more_workers_than_there_is_room_for(tmp_path):
+def test_more_workers_than_there_is_room_for(tmp_path, shared_ray):
     spec = small("baseline", "resources.workers=2", "recipe.batch_size=8")
     with pytest.raises(UserError, match=r"one process can.t be 2 workers; .* torchrun --nproc-per"):
         list(Inline().run([spec], str(tmp_path)))

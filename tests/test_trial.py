@@ -1,16 +1,19 @@
+import gc
 import os
 import random
+import weakref
 
 import numpy
 import pandas as pd
 import pytest
 import torch
-from trials import METHODS, assert_same_results, keep_tuning, results, run, same, small
+from trials import METHODS, SLOT, WIDE, assert_same_results, keep_tuning, results, run, same, small
 
-from harness.run.attempt import supervised
+from harness.run.attempt import attempt
 from harness.run.events import Halted, Started
-from harness.storage.recorder import Failure, Slot
-from harness.storage.schema import EpochRecord
+from harness.storage.owner import Owner
+from harness.storage.provenance import Slot
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 
 
@@ -22,11 +25,11 @@ def records(events):
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_equals_uninterrupted_after_any_epoch(tmp_path, method, optimizer):
     settings = [f"recipe.optimizer={{name='{optimizer}', lr=0.01, weight_decay=1e-3}}"]
-    spec = small(method, *settings)
+    every = method == "neq" and optimizer == "SGD"
+    spec = small(method, *settings, *(WIDE if every else ()))
     through = records(run(spec, tmp_path / "through"))
     assert [record.epoch for record in through] == list(range(5))
     assert method == "baseline" or through[-1].frozen_neurons > 0
-    every = method == "neq" and optimizer == "SGD"
     for stop in range(1, 5) if every else (3,):
         root = tmp_path / str(stop)
         run(spec, root, epochs=stop)
@@ -153,7 +156,7 @@ def test_fp16_goes_on_when_everything_stands_still(tmp_path):
 
 def test_what_earlier_attempts_ran_on_is_kept(tmp_path):
     spec = small("baseline")
-    events = supervised(spec, str(tmp_path), Slot(gpu=False, sharing=8))
+    events = attempt(spec, str(tmp_path), Slot(gpu=False, sharing=8))
     for _ in range(3):
         next(events)
     events.close()
@@ -211,3 +214,22 @@ def test_where_the_last_commit_is_damaged_the_one_before_it_serves(tmp_path):
     assert_same_results(spec, tmp_path / "through", tmp_path / "damaged")
     (last,) = (tmp_path / "damaged/digits/checkpoints" / spec.key).iterdir()
     assert last.name.startswith("000005.")
+
+
+def test_a_checkpoint_is_let_go_of_before_training_goes_on(tmp_path, monkeypatch):
+    spec = small("neq", "recipe.epochs=3")
+    run(spec, tmp_path, epochs=1)
+    loaded, load = [], Owner.load_checkpoint
+
+    def watched(*arguments):
+        state = load(*arguments)
+        loaded.append(weakref.ref(next(iter(state["model"].values()))))
+        return state
+
+    monkeypatch.setattr(Owner, "load_checkpoint", watched)
+    events = attempt(spec, str(tmp_path), SLOT)
+    while not (isinstance(event := next(events), EpochRecord) and event.epoch == 1):
+        pass
+    gc.collect()
+    assert [reference() for reference in loaded] == [None]
+    events.close()

@@ -10,8 +10,10 @@ from trials import SLOT, assert_same_results, keep_tuning, small
 
 import neq
 from harness.errors import UserError
-from harness.run.attempt import supervised
+from harness.run.attempt import attempt
+from harness.storage.locations import open_location
 from harness.storage.store import Store
+from harness.suite.parts import build_model
 from harness.train import tuning
 from suites.resnet import resnet8
 
@@ -27,7 +29,7 @@ def test_it_is_measured_once_while_others_wait(tmp_path, monkeypatch):
     found = []
 
     def ask():
-        found.append(tuning.kept(Store(tmp_path, "digits"), suite, model))
+        found.append(tuning.tuning_for(open_location(tmp_path, "digits"), suite, model))
 
     threads = [Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -41,7 +43,7 @@ def test_it_is_measured_once_while_others_wait(tmp_path, monkeypatch):
     assert (kept["batch_size"], kept["precision"]) == (40, "float32")
     assert "thread" in kept["hardware"]
     other = small("neq", "recipe.batch_size=20").suite
-    tuning.kept(Store(tmp_path, "digits"), other, model)
+    tuning.tuning_for(open_location(tmp_path, "digits"), other, model)
     assert len(calls) == 2
 
 
@@ -67,7 +69,7 @@ def test_tuning_leaves_model_and_random_streams_alone(net):
 
 
 def run(spec, root, epochs=None):
-    events = supervised(spec, str(root), SLOT)
+    events = attempt(spec, str(root), SLOT)
     for seen, _ in enumerate(events):
         if seen == epochs:
             events.close()
@@ -76,9 +78,10 @@ def run(spec, root, epochs=None):
 def test_a_trial_uses_it_and_keeps_its_own(tmp_path, monkeypatch):
     """Other choices, made later in the same folder, change nothing for a trial that has begun."""
     spec = small("neq")
+    model = build_model(spec.suite.model.build, spec.folder, spec.suite.model.arguments)
     table = {
         layer.name: {"dense": {layer.size: 1.0}, "gather": {layer.size - 1: 0.1}}
-        for layer in neq.NeuronIndex(resnet8()).layers
+        for layer in neq.NeuronIndex(model).layers
         if isinstance(layer.module, (nn.Conv2d, nn.Linear))
     }
     chosen = tuning.Tuning(True, neq.Timings(table))

@@ -8,8 +8,8 @@ from test_flops import MODELS, _Apply
 from torch import nn
 
 import neq
-from harness.flops.costs import BATCH, measure
-from harness.flops.oracle import Rules, measured
+from harness.flops.costs import BATCH, count_costs
+from harness.flops.oracle import Rules, backward_flops_by_torch
 from suites.resnet import resnet8
 
 SAME = nn.Sequential(
@@ -29,11 +29,11 @@ def draw(costs, share, seed):
 
 
 def check(model, shape, share, seed, gradient):
-    costs = measure(model, shape)
+    costs = count_costs(model, shape)
     mask = draw(costs, share, seed)
     plan = neq.plan(costs.neurons, mask, gradient)
     counted = costs.backward(mask, BATCH, plan)
-    seen = measured(copy.deepcopy(model), shape, mask, gradient)
+    seen = backward_flops_by_torch(copy.deepcopy(model), shape, mask, gradient)
     assert seen == [counted.executed] * len(seen)
     assert counted.required <= counted.executed <= counted.dense
     by_layer = [backward for _, backward in costs.layers(mask, BATCH, plan).values()]
@@ -85,10 +85,10 @@ def test_fused_attention_makes_all_its_products_or_none(frozen):
             return fused(self, x)
 
     model = Attention()
-    costs = measure(model, (5, 8))
+    costs = count_costs(model, (5, 8))
     mask = costs.neurons.select(frozen)
     counted = costs.backward(mask, BATCH)
-    assert set(measured(model, (5, 8), mask)) == {counted.executed}
+    assert set(backward_flops_by_torch(model, (5, 8), mask)) == {counted.executed}
     assert (counted.executed > counted.required) == (len(frozen) < 3)
 
 
@@ -96,7 +96,7 @@ def test_fused_attention_makes_all_its_products_or_none(frozen):
 @pytest.mark.parametrize("kernel", ["gather", "gather/8", "swap", "swap/3", "swap/last"])
 def test_every_kernel_is_counted_as_planned(kernel, gradient):
     model, shape = resnet8(), (1, 16, 16)
-    costs = measure(model, shape)
+    costs = count_costs(model, shape)
     timings = neq.Timings(
         {
             layer.name: {"dense": {layer.size: 1.0}, kernel: {layer.size - 1: 0.1}}
@@ -108,7 +108,7 @@ def test_every_kernel_is_counted_as_planned(kernel, gradient):
     plan = neq.plan(costs.neurons, mask, gradient, timings)
     assert kernel in {part.kernel for part in plan.values()}
     counted = costs.backward(mask, BATCH, plan)
-    assert set(measured(model, shape, mask, gradient, timings)) == {counted.executed}
+    assert set(backward_flops_by_torch(model, shape, mask, gradient, timings)) == {counted.executed}
 
 
 def use_twice(m, x):
@@ -117,7 +117,7 @@ def use_twice(m, x):
 
 def test_a_weight_that_a_function_uses_too_is_never_frozen():
     model = _Apply(use_twice, embed=nn.Linear(4, 4), head=nn.Linear(4, 3))
-    costs = measure(model, (5, 4))
+    costs = count_costs(model, (5, 4))
     assert costs.dense_only == {"embed": "a function uses its weight, too"}
     assert costs.called.tolist() == [False] * 4 + [True] * 3
     check(model, (5, 4), 1.0, 0, "exact")
@@ -125,8 +125,8 @@ def test_a_weight_that_a_function_uses_too_is_never_frozen():
 
 def test_the_model_is_left_as_it_was(net):
     kinds = [type(module) for module in net.modules()]
-    costs = measure(net, (3, 6, 6))
-    measured(net, (3, 6, 6), draw(costs, 0.5, 0))
+    costs = count_costs(net, (3, 6, 6))
+    backward_flops_by_torch(net, (3, 6, 6), draw(costs, 0.5, 0))
     assert [type(module) for module in net.modules()] == kinds
     assert not net._forward_hooks
     assert all(p.grad is None for p in net.parameters())

@@ -37,16 +37,16 @@ def test_training_starts_from_a_file(file):
     torch.manual_seed(1)
     wanted = Whole().state_dict()
     model = Whole()
-    weights.load(model, parts(file))
+    weights.load_weights(model, parts(file))
     assert all(torch.equal(a, wanted[name]) for name, a in model.state_dict().items())
-    weights.load(model, parts(""))  # from scratch: nothing to do
+    weights.load_weights(model, parts(""))  # from scratch: nothing to do
 
 
 def test_a_checkpoint_and_a_parallel_model_s_names(file, tmp_path):
     state = {f"module.{name}": t for name, t in torch.load(file).items()}
     torch.save({"epoch": 3, "model": state}, tmp_path / "c.pt")
     model = Whole()
-    weights.load(model, parts(tmp_path / "c.pt"))
+    weights.load_weights(model, parts(tmp_path / "c.pt"))
     assert torch.equal(model.fc.weight, state["module.fc.weight"])
 
 
@@ -56,18 +56,18 @@ def test_safetensors(file, tmp_path):
     state = torch.load(file)
     save_file(state, tmp_path / "w.safetensors")
     model = Whole()
-    weights.load(model, parts(tmp_path / "w.safetensors"))
+    weights.load_weights(model, parts(tmp_path / "w.safetensors"))
     assert torch.equal(model.backbone.stem.weight, state["backbone.stem.weight"])
 
 
 def test_a_head_for_other_classes_starts_anew(file):
     model = Whole(classes=7)
     before = model.fc.weight.clone()
-    weights.load(model, parts(file))
+    weights.load_weights(model, parts(file))
     assert torch.equal(model.fc.weight, before)
     assert torch.equal(model.backbone.stem.weight, torch.load(file)["backbone.stem.weight"])
     with pytest.raises(UserError, match=r"2 tensors are missing or have another shape, such as fc"):
-        weights.load(Whole(classes=7), parts(file, exclude=[]))
+        weights.load_weights(Whole(classes=7), parts(file, exclude=[]))
 
 
 def test_weights_of_a_part_of_the_model(tmp_path):
@@ -78,7 +78,7 @@ def test_weights_of_a_part_of_the_model(tmp_path):
 
     torch.save(Classifier().state_dict(), tmp_path / "b.pt")
     model = Whole()
-    weights.load(model, parts(tmp_path / "b.pt", weights_into="backbone"))
+    weights.load_weights(model, parts(tmp_path / "b.pt", weights_into="backbone"))
     assert torch.equal(model.backbone.stem.bias, torch.load(tmp_path / "b.pt")["stem.bias"])
 
 
@@ -96,14 +96,14 @@ def test_weights_of_a_part_of_the_model(tmp_path):
 )
 def test_another_architecture(file, model, more, message):
     with pytest.raises(UserError, match=message):
-        weights.load(model, parts(file, **more))
+        weights.load_weights(model, parts(file, **more))
 
 
 def test_a_deeper_sibling_is_another_architecture(tmp_path):
     """All that the model needs is there, and more of its own parts."""
     torch.save(Whole(blocks=3).state_dict(), tmp_path / "deep.pt")
     with pytest.raises(UserError, match=r"10 tensors are too many, such as backbone\.layers\.1"):
-        weights.load(Whole(), parts(tmp_path / "deep.pt"))
+        weights.load_weights(Whole(), parts(tmp_path / "deep.pt"))
 
 
 def test_files_that_are_none(tmp_path):
@@ -120,25 +120,25 @@ def test_files_that_are_none(tmp_path):
     ):
         where = name if ":" in name else tmp_path / name
         with pytest.raises(UserError, match=message) as caught:
-            weights.load(Whole(), parts(where))
+            weights.load_weights(Whole(), parts(where))
         assert "\n" not in str(caught.value)
 
 
 def test_the_key_knows_the_content_and_not_the_place(file, tmp_path):
     (tmp_path / "copy").write_bytes(file.read_bytes())
-    assert weights.identity(str(file)) == weights.identity(str(tmp_path / "copy"))
+    assert weights.weights_identity(str(file)) == weights.weights_identity(str(tmp_path / "copy"))
     (tmp_path / "other").write_bytes(file.read_bytes()[:-1])
-    assert weights.identity(str(file)) != weights.identity(str(tmp_path / "other"))
-    assert weights.identity("timm:resnet18") == "timm:resnet18"
+    assert weights.weights_identity(str(file)) != weights.weights_identity(str(tmp_path / "other"))
+    assert weights.weights_identity("timm:resnet18") == "timm:resnet18"
     with pytest.raises(UserError, match=r"cannot be read \(No such file"):
-        weights.identity(str(tmp_path / "gone"))
+        weights.weights_identity(str(tmp_path / "gone"))
 
 
 def test_counters_that_older_files_do_not_have(file, tmp_path):
     state = {k: v for k, v in torch.load(file).items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
     model = Whole()
-    weights.load(model, parts(tmp_path / "old.pt"))
+    weights.load_weights(model, parts(tmp_path / "old.pt"))
     assert torch.equal(model.backbone.layers[0].weight, state["backbone.layers.0.weight"])
 
 
@@ -150,9 +150,9 @@ def test_torchvision_s_backbone_goes_into_the_segmentation_suite(vision, monkeyp
     kept = {k: v for k, v in state.items() if counters or not k.endswith("tracked")}
     kind = vision.models.ResNet50_Weights
     monkeypatch.setattr(kind, "get_state_dict", lambda *_, **__: dict(kept))
-    suite, folder = files.load("segmentation")
+    suite, folder = files.load_suite("segmentation")
     model = parts.build_model(suite.model.build, folder, suite.model.arguments)
-    weights.load(model, suite.model)
+    weights.load_weights(model, suite.model)
     for name, tensor in model.backbone.state_dict().items():
         assert name.endswith("tracked") or torch.equal(tensor, state[name])
 
@@ -171,7 +171,7 @@ def test_the_layout_in_which_swin_was_published(tmp_path):
         published[key] = tensor
     torch.save({"model": published}, tmp_path / "swin.pth")
     model = timm.create_model(name, num_classes=3, **small)
-    weights.load(model, parts(tmp_path / "swin.pth", exclude=["head"]))
+    weights.load_weights(model, parts(tmp_path / "swin.pth", exclude=["head"]))
     for key, tensor in source.state_dict().items():
         if not key.startswith("head"):
             assert torch.equal(model.state_dict()[key], tensor), key

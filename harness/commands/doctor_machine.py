@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 from harness.storage import leases
-from harness.storage.locations import place
+from harness.storage.locations import open_location
 from harness.storage.provenance import PACKAGES
 
 SPACE = 5 * 2**30  # bytes of results, below which a note is made of it
@@ -24,28 +24,33 @@ SPACE = 5 * 2**30  # bytes of results, below which a note is made of it
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `wrong`: what is the matter, and how to mend it, empty where
-    nothing is; `said`: what was found; `note`: it stops only some.
+    """One thing that was looked at.
+
+    `wrong`: what is the matter and how to mend it, empty where nothing is; `found`: what was found;
+    `note`: whether it is no error, and yet stops some suites.
     """
 
     what: str
     wrong: str = ""
-    said: str = ""
+    found: str = ""
     note: bool = False
 
 
-def show(finding: Finding, console: Console) -> None:
-    """One line."""
+def print_finding(finding: Finding, console: Console) -> None:
+    """Print the finding as one line."""
     word, style = ("wrong", "red") if finding.wrong else ("ok", "green")
     if finding.note:
         word, style = "note", "yellow"
-    text = finding.wrong or finding.said
+    text = finding.wrong or finding.found
     head = Text.assemble((f"{word:5} ", style), finding.what)
     console.print(head.append(f": {text}" if text else ""), soft_wrap=True)
 
 
-def machine(results: str, address: str | None) -> Iterator[Finding]:
-    """One finding, or more, for each part; none of them stops the others."""
+def examine_machine(results: str, address: str | None) -> Iterator[Finding]:
+    """Findings about each part of this machine; a part that is wrong does not stop the others.
+
+    `results`: the results root to try; `address`: of a Ray cluster to try.
+    """
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
         "versions": _versions,
         "torch and torchvision": _torch,
@@ -61,7 +66,7 @@ def machine(results: str, address: str | None) -> Iterator[Finding]:
         except UserError as error:
             yield Finding(what, " ".join(str(error).split()))
         except Exception as error:
-            yield Finding(what, f"{type(error).__name__}: {line(error)}")
+            yield Finding(what, f"{type(error).__name__}: {one_line(error)}")
 
 
 def _versions() -> Iterator[Finding]:
@@ -74,7 +79,7 @@ def _versions() -> Iterator[Finding]:
     if [name for name in missing if name != "neqbench"]:  # which a job brings along
         yield Finding("versions", f"{', '.join(missing)} not installed; run make setup")
     else:
-        yield Finding("versions", said=", ".join(found))
+        yield Finding("versions", found=", ".join(found))
 
 
 def _torch() -> Iterator[Finding]:
@@ -92,7 +97,7 @@ def _torch() -> Iterator[Finding]:
         )
         return
     torchvision()
-    yield Finding("torch and torchvision", said="belong together")
+    yield Finding("torch and torchvision", found="belong together")
 
 
 def _gpu() -> Iterator[Finding]:
@@ -109,14 +114,14 @@ def _gpu() -> Iterator[Finding]:
                 "install a torch built for CUDA, or a newer driver",
             )
         else:
-            yield Finding("GPU", said="none: trials run on the CPU")
+            yield Finding("GPU", found="none: trials run on the CPU")
         return
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         memory = properties.total_memory / 2**30
         bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bf16"
-        said = f"{properties.name}, {memory:.0f} GiB, driver {driver}{bf16}"
-        yield Finding(f"GPU {number}", said=said)
+        found = f"{properties.name}, {memory:.0f} GiB, driver {driver}{bf16}"
+        yield Finding(f"GPU {number}", found=found)
 
 
 def _ray(address: str | None) -> Iterator[Finding]:
@@ -132,7 +137,7 @@ def _ray(address: str | None) -> Iterator[Finding]:
     if not where:
         yield Finding(
             "Ray",
-            said="a run starts its own on this machine; --address or RAY_ADDRESS joins a cluster "
+            found="a run starts its own on this machine; --address or RAY_ADDRESS joins a cluster "
             f"(authentication: {mode}, {token})",
         )
         return
@@ -141,31 +146,31 @@ def _ray(address: str | None) -> Iterator[Finding]:
         cpus, gpus = (sum(node.get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
         yield Finding(
             "Ray",
-            said=f"{where} answers: {len(alive)} nodes, {cpus:g} CPUs, {gpus:g} GPUs "
+            found=f"{where} answers: {len(alive)} nodes, {cpus:g} CPUs, {gpus:g} GPUs "
             f"(authentication: {mode}, {token})",
         )
 
 
 def _results(results: str) -> Iterator[Finding]:
     """Written, and with one owner: of two who create a file, one must fail."""
-    spot, name = place(results), f".doctor.{leases.owner()}"
+    location, name = open_location(results), f".doctor.{leases.new_owner()}"
     made = "://" not in results and not Path(results).exists()
     try:
-        spot.write(name, b"")
-        spot.remove(name)
-        if not spot.create(name, b"first") or spot.create(name, b"second"):
+        location.write(name, b"")
+        location.remove(name)
+        if not location.create(name, b"first") or location.create(name, b"second"):
             yield Finding(
                 "results",
-                f"{spot.uri} lets two create the same file: two runs could have the same trial; "
-                "choose another with --results",
+                f"{location.uri} lets two create the same file: two runs could have the same "
+                "trial; choose another with --results",
             )
             return
     finally:
         with contextlib.suppress(UserError, OSError):
-            spot.remove(name)
+            location.remove(name)
             if made:
                 Path(results).rmdir()
-    yield Finding("results", said=f"{spot.uri} can be written")
+    yield Finding("results", found=f"{location.uri} can be written")
 
 
 def _space(results: str) -> Iterator[Finding]:
@@ -174,27 +179,27 @@ def _space(results: str) -> Iterator[Finding]:
     for what, path in spots.items():
         there = next(p for p in (path, *path.parents) if p.exists())
         usage = shutil.disk_usage(there)
-        said = f"{usage.free / 2**30:.0f} GiB free of {usage.total / 2**30:.0f} at {there}"
+        found = f"{usage.free / 2**30:.0f} GiB free of {usage.total / 2**30:.0f} at {there}"
         little = usage.free < SPACE or usage.free < 0.05 * usage.total  # Ray refuses to work then
-        yield Finding(what, said=said + "; make room" * little, note=little)
+        yield Finding(what, found=found + "; make room" * little, note=little)
 
 
 def _data() -> Iterator[Finding]:
     from harness.suite import files
 
     roots: dict[str, list[str]] = {}
-    for name in files.builtin():
-        root = files.load(name)[0].data.root
+    for name in files.shipped_suites():
+        root = files.load_suite(name)[0].data.root
         if root:
             roots.setdefault(root, []).append(name)
     for root, names in roots.items():
         what = f"data of {', '.join(names)}"
         if Path(root).is_dir() and any(Path(root).iterdir()):
-            yield Finding(what, said=f"in {root}")
+            yield Finding(what, found=f"in {root}")
         else:
             mend = f"neqbench prepare {names[0]}, --set data.root=…, or --synthetic"
-            yield Finding(what, said=f"none in {root}; {mend}", note=True)
+            yield Finding(what, found=f"none in {root}; {mend}", note=True)
     for extra, module in {"swin": "timm", "coco": "pycocotools", "cloud": "obstore"}.items():
         if find_spec(module) is None:
-            said = f"not installed; pip install 'neqbench[{extra}]' where it is needed"
-            yield Finding(module, said=said, note=True)
+            found = f"not installed; pip install 'neqbench[{extra}]' where it is needed"
+            yield Finding(module, found=found, note=True)

@@ -13,18 +13,18 @@ from harness.commands.doctor_machine import Finding
 from harness.commands.flops import count
 from harness.data.dataset import Batches, Dataset
 from harness.data.load import load_data
-from harness.errors import UserError
+from harness.errors import UserError, with_origin
 from harness.flops.subject import Subject, subject
 from harness.run import preflight
-from harness.run.attempt import supervised
-from harness.run.trials import located, specs
+from harness.run.attempt import attempt
+from harness.run.trials import resolved, specs
 from harness.seeds import seeded
-from harness.storage.recorder import Failure, Slot
-from harness.storage.schema import EpochRecord
+from harness.storage.provenance import Slot
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite import files
 from harness.suite.config import Suite, TrialSpec
-from harness.suite.parts import build_model, said
+from harness.suite.parts import build_model
 from harness.tasks import Task, build_task
 from harness.train import weights
 
@@ -32,12 +32,14 @@ FEW = 12  # samples of each part that are looked at
 EPOCHS = 3  # of the trial that is broken off and resumed
 
 
-def doctor(path: str, settings: list[str]) -> Iterator[Finding]:
-    """Findings in the order in which a trial would meet them; the first wrong one ends them.
+def examine_suite(path: str, settings: list[str]) -> Iterator[Finding]:
+    """Findings about a suite, in the order in which a trial would meet them; the first wrong one
+    ends them.
 
-    Raises UserError where there is no suite at `path`.
+    `path`: of the suite, or its name; `settings`: as after `--set`. Raises UserError where there is
+    no suite at `path`.
     """
-    files.locate(path)
+    files.suite_file(path)
     patient = _Patient(path, settings)
     for examination in (
         patient.the_suite_file,
@@ -51,19 +53,19 @@ def doctor(path: str, settings: list[str]) -> Iterator[Finding]:
         patient.a_resumed_trial,
     ):
         what = examination.__name__.strip("_").replace("_", " ")
-        wrong = _said(examination)
+        wrong = _complaint(examination)
         yield Finding(what, wrong)
         if wrong:
             return
 
 
-def _said(examination: Callable[[], None]) -> str:
+def _complaint(examination: Callable[[], None]) -> str:
     try:
         examination()
     except UserError as error:
         return " ".join(str(error).split())
     except Exception as error:
-        return said(error)
+        return with_origin(error)
     return ""
 
 
@@ -76,14 +78,14 @@ class _Patient:
     subject: Subject
     data: Dataset
     task: Task
-    samples: preflight.Samples
+    samples: preflight.FirstSamples
 
     def __init__(self, path: str, settings: list[str]) -> None:
         self._path, self._settings = path, settings
 
     def the_suite_file(self) -> None:
-        loaded = files.load(self._path, self._settings)
-        self.suite, self.folder = located(*loaded, synthetic=False)
+        loaded = files.load_suite(self._path, self._settings)
+        self.suite, self.folder = resolved(*loaded, synthetic=False)
         kinds = {method.kind for method in self.suite.methods.values()}
         if not {"baseline", "neq"} <= kinds:
             raise UserError(
@@ -100,7 +102,7 @@ class _Patient:
                     f"two models built from one seed differ in {name}; draw from torch's, numpy's "
                     "or Python's global streams, which are seeded"
                 )
-        weights.load(first, self.suite.model)
+        weights.load_weights(first, self.suite.model)
         self.model = first
         self.subject = subject(self._path, self._settings, None, None)
 
@@ -159,9 +161,9 @@ class _Patient:
     def _check_meter(self) -> None:
         """Workers' counts are added up: half and half must be the whole."""
         whole, *halves = (self.task.meter(torch.device("cpu")) for _ in range(3))
-        for place, (inputs, targets) in enumerate(self._opened().evaluate("test", 1)):
+        for position, (inputs, targets) in enumerate(self._opened().evaluate("test", 1)):
             outputs = self.model.eval()(inputs)
-            for meter in (whole, halves[place % 2]):
+            for meter in (whole, halves[position % 2]):
                 meter.add(outputs, targets)
         value, total = whole.value(), whole.counts.clone()
         halves[0].counts += halves[1].counts
@@ -192,12 +194,12 @@ class _Patient:
         with tempfile.TemporaryDirectory() as folder:
             states = []
             for root, breaks in (("through", False), ("resumed", True)):
-                place = str(Path(folder) / root)
+                results = str(Path(folder) / root)
                 tuned = Path(folder) / "through" / self.suite.name / "tuning"
                 if tuned.is_dir():
-                    shutil.copytree(tuned, Path(place) / self.suite.name / "tuning")
-                _run(spec, place, breaks)
-                states.append(Store(place, self.suite.name).load_checkpoint(spec.key))
+                    shutil.copytree(tuned, Path(results) / self.suite.name / "tuning")
+                _run(spec, results, breaks)
+                states.append(Store(results, self.suite.name).load_checkpoint(spec.key))
             through, resumed = (list((state or {}).get("model", {}).values()) for state in states)
             if not _same(through, resumed):
                 raise UserError(
@@ -222,7 +224,7 @@ class _Patient:
 def _run(spec: TrialSpec, root: str, breaks: bool) -> None:
     done = 0
     while done < EPOCHS:
-        events = supervised(spec, root, Slot(gpu=False, sharing=1))
+        events = attempt(spec, root, Slot(gpu=False, sharing=1))
         for event in events:
             if isinstance(event, Failure):
                 raise UserError(event.reason)
@@ -234,7 +236,7 @@ def _run(spec: TrialSpec, root: str, breaks: bool) -> None:
 
 
 def _flat(batches: Batches, epoch: int) -> list[Tensor]:
-    return [sample for forward in batches.train(epoch) for sample in forward.inputs]
+    return [sample for microbatch in batches.train(epoch) for sample in microbatch.inputs]
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.flops.costs import BATCH
-from harness.flops.oracle import measured as counted_by_torch
+from harness.flops.oracle import backward_flops_by_torch
 from harness.flops.subject import Subject
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A model with a mask; `measured`: what PyTorch's counter saw, over a batch of `BATCH`."""
+    """A model with a mask, counted.
+
+    `measured`: what PyTorch's counter saw over a batch of `BATCH`; None where it was not asked.
+    """
 
     subject: Subject
     frozen: Tensor
@@ -24,7 +27,7 @@ class Counted:
 
     @property
     def agrees(self) -> bool:
-        """Whether all that was measured is what was counted, and the order holds."""
+        """Whether what was measured is what was counted, and required ≤ executed ≤ dense."""
         whole = self.subject.costs.backward(self.frozen, BATCH)
         ordered = whole.required <= whole.executed <= whole.dense
         return ordered and all(count == whole.executed for count in self.measured or [])
@@ -47,8 +50,9 @@ class Counted:
 
 
 def count(subject: Subject, share: float, seed: int, verify: bool) -> Counted:
-    """Count with a share of the neurons frozen, and hold it against a real backward; raises
-    UserError for a share that is none, or a model that does not run so.
+    """Count a model with a share of its neurons frozen; `verify`: beside a real backward.
+
+    Raises UserError for a share outside of 0 to 1, and for a model that does not run so.
     """
     if not 0 <= share <= 1:
         raise UserError(f"--frozen {share}: must be between 0 and 1")
@@ -56,15 +60,17 @@ def count(subject: Subject, share: float, seed: int, verify: bool) -> Counted:
     if not verify:
         return Counted(subject, frozen, None)
     try:
-        return Counted(subject, frozen, counted_by_torch(subject.module, subject.shape, frozen))
+        return Counted(
+            subject, frozen, backward_flops_by_torch(subject.module, subject.shape, frozen)
+        )
     except Exception as error:
         raise UserError(
             f"--verify: a backward of {subject.name} fails ({type(error).__name__}: {error})"
         ) from error
 
 
-def show(counted: Counted, console: Console) -> None:
-    """The same numbers for people, with what is counted dense."""
+def print_counts(counted: Counted, console: Console) -> None:
+    """Print the numbers for people, with the layers that never freeze."""
     numbers = counted.json()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=None)
     table.add_column("FLOPs per sample")

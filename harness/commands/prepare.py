@@ -7,23 +7,24 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.console import say
-from harness.errors import UserError
-from harness.run.preflight import check
-from harness.run.trials import located, specs
+from harness.errors import UserError, with_origin
+from harness.run.preflight import preflight
+from harness.run.trials import resolved, specs
 from harness.suite import files, parts
 from harness.suite.config import Data, Suite
 
 
 def prepare(name: str, settings: Sequence[str], console: Console) -> None:
-    """Download where the suite knows how, then load, decode and try a sample of each part.
+    """Download a suite's data where it knows how, then load, decode and try samples of each part.
 
-    Raises UserError for what is missing, and where to get it.
+    `name`, `settings`: as on the command line. Raises UserError, which says where to get them, for
+    data that are missing.
     """
-    suite, folder = located(*files.load(name, settings), synthetic=False)
+    suite, folder = resolved(*files.load_suite(name, settings), synthetic=False)
     if suite.data.download is not None:
-        _download(suite, parts.part(suite.data.download, folder))
+        _download(suite, parts.load_part(suite.data.download, folder))
     trials = specs(name, settings)
-    data, *_ = [check(group) for group in trials.groups()]
+    data, *_ = [preflight(group) for group in trials.groups()]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")
     table.add_column("images", justify="right")
@@ -45,4 +46,4 @@ def _download(suite: Suite, download: Callable[[Data], None]) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{suite.data.download!r} failed: {parts.said(error)}") from error
+        raise UserError(f"{suite.data.download!r} failed: {with_origin(error)}") from error

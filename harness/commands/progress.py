@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.run.events import Elsewhere, Event, Held, Notice
-from harness.storage.recorder import Failure
-from harness.storage.schema import EpochRecord
+from harness.storage.schema import EpochRecord, Failure
 from harness.suite.config import TrialSpec
-from harness.suite.sweep import named
+from harness.suite.sweep import point_label
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningTrial:
     spec: TrialSpec
     records: list[EpochRecord] = field(default_factory=list)
     elsewhere: bool = False
@@ -42,13 +41,16 @@ def _seconds(record: EpochRecord) -> float:
 
 
 class Progress:
-    """Follows the events of a run; `failures` lists the trials that failed, with the reason."""
+    """Shows how a run goes, event by event.
+
+    `done`, `to_do`: trials before it began; `failures`: (trial, reason) of those that failed.
+    """
 
     def __init__(self, console: Console, done: int, to_do: int) -> None:
         self.failures: list[tuple[TrialSpec, str]] = []
         self._console = console
         self._done, self._to_do = done, to_do
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _RunningTrial] = {}
         self._quiet_until = time.monotonic() + 60
         self._live = Live(console=console, transient=True) if console.is_terminal else None
 
@@ -68,7 +70,7 @@ class Progress:
             self._live.stop()
 
     def follow(self, spec: TrialSpec, event: Event | None) -> None:
-        """One event of one trial; None ends it."""
+        """Take one event of one trial; None ends the trial."""
         if isinstance(event, Notice):
             self._print(Text(f"note    {_name(spec)}: {event.text}", style="yellow"))
         elif isinstance(event, Held):
@@ -82,7 +84,7 @@ class Progress:
     def _follow(self, spec: TrialSpec, event: Event | None) -> None:
         trial = self._running.get(spec.key)
         if trial is None:
-            trial = self._running[spec.key] = _Running(spec)
+            trial = self._running[spec.key] = _RunningTrial(spec)
             self._to_do -= 1
         if isinstance(event, EpochRecord):
             trial.records.append(event)
@@ -97,7 +99,7 @@ class Progress:
         elif isinstance(event, Elsewhere):
             trial.elsewhere = True
 
-    def _finish(self, trial: _Running) -> None:
+    def _finish(self, trial: _RunningTrial) -> None:
         self._done += 1
         if trial.elsewhere:
             done = f"done    {_name(trial.spec)}: by another run ({self._summary()})"
@@ -111,7 +113,7 @@ class Progress:
         )
         self._print(Text(line if self._live else f"{line} ({self._summary()})"))
 
-    def _still_running(self, trial: _Running) -> None:
+    def _still_running(self, trial: _RunningTrial) -> None:
         """Where nothing is live, a line a minute tells that the run is."""
         if self._live or time.monotonic() < self._quiet_until:
             return
@@ -151,7 +153,7 @@ class Progress:
         return f", about {_duration(each * (waiting + left) / len(self._running))} left"
 
 
-def _cells(trial: _Running) -> list[str]:
+def _cells(trial: _RunningTrial) -> list[str]:
     epochs = trial.spec.suite.recipe.epochs
     if not trial.records:
         return [f"0/{epochs}", "–", "–", "–"]
@@ -161,7 +163,7 @@ def _cells(trial: _Running) -> list[str]:
 
 
 def _name(spec: TrialSpec) -> str:
-    words = [spec.suite.name, named(spec.suite.point), spec.method, f"seed {spec.seed}"]
+    words = [spec.suite.name, point_label(spec.suite.point), spec.method, f"seed {spec.seed}"]
     return " ".join(word for word in words if word)
 
 

@@ -4,51 +4,48 @@ import contextlib
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 
 from harness import parallel
+from harness.commands.options import RunOptions
 from harness.commands.progress import Progress
 from harness.errors import UserError
 from harness.run.executors import Executor, Inline, Ray
-from harness.run.preflight import check
-from harness.run.trials import Trials, specs, states
-from harness.storage.locations import place
-from harness.storage.requests import Plan
+from harness.run.preflight import preflight
+from harness.run.trials import Trials, states
+from harness.storage.locations import open_location
+from harness.storage.requests import Request, keep_request
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What the command line asks for."""
-
-    suite: str
-    settings: Sequence[str]
-    methods: str | None
-    seeds: str | None
-    synthetic: bool
-    root: str
-    executor: str
-    address: str | None
-    retry_failed: bool
-
-
-def run(wanted: Wanted, console: Console) -> int:
+def run(options: RunOptions, executor: str, address: str | None, console: Console) -> int:
     """Run the suite and print its report; returns the number of failed trials.
 
-    Under torchrun every process does so, together with the others, and one of them talks. Raises
-    UserError for anything that is wrong before the first trial.
+    `executor`: "ray" or "inline"; `address`: of a Ray cluster to join. Under torchrun every process
+    does so, together with the others, and one of them talks. Raises UserError for anything that is
+    wrong before the first trial.
     """
     with _terminable():
-        return _checked(wanted, console)
+        trials = options.trials()
+        if parallel.launched() == 1:
+            return _run(options, trials, _executor(options, executor, address), console)
+        gpu = torch.cuda.is_available() and trials[0].suite.resources.gpus != 0
+        with parallel.group(gpu):
+            console.quiet = not parallel.leads()
+            return _run(options, trials, Inline(retry=options.retry_failed), console)
+
+
+def _executor(options: RunOptions, name: str, address: str | None) -> Executor:
+    retry = options.retry_failed
+    return Inline(retry=retry) if name == "inline" else Ray(address, retry=retry)
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """A polite kill, as of a job that is stopped, is a Ctrl-C."""
+    """Inside, a polite kill (SIGTERM, as of a job that is stopped) is a Ctrl-C."""
     earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -56,56 +53,39 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def _checked(wanted: Wanted, console: Console) -> int:
-    trials = specs(
-        wanted.suite, wanted.settings, wanted.methods, wanted.seeds, synthetic=wanted.synthetic
-    )
-    if parallel.launched() == 1:
-        return _run(wanted, trials, console)
-    gpu = torch.cuda.is_available() and trials[0].suite.resources.gpus != 0
-    with parallel.group(gpu):
-        console.quiet = not parallel.leads()
-        return _run(replace(wanted, executor="inline"), trials, console)
-
-
-def _run(wanted: Wanted, trials: Trials, console: Console) -> int:
-    root = place(wanted.root).uri
+def _run(options: RunOptions, trials: Trials, executor: Executor, console: Console) -> int:
+    root = open_location(options.results).uri
     store, groups = Store(root, trials[0].suite.name), trials.groups()
     store.check_writable()
-    planned = states(trials, root)
+    known = states(trials, root)
     names = [group[0].group for group in groups]
     if parallel.shared(names) != names:
         raise UserError(
             "the data, code or weights on this machine differ from rank 0's: make them equal"
         )
-    again = ("to do", "partial", "failed") if wanted.retry_failed else ("to do", "partial")
-    todo = trials.those(p.state in again for p in planned)
-    count = Counter(p.state for p in planned if p.state not in again)
+    again = ("to do", "partial", "failed") if options.retry_failed else ("to do", "partial")
+    todo = trials.those(trial.state in again for trial in known)
+    count = Counter(trial.state for trial in known if trial.state not in again)
     failed = count["failed"]
     if parallel.leads():
         for group in groups:
-            rows = [(p.key, p.method, p.seed) for p in planned if p.group == group[0].group]
-            store.plan(Plan.of(group[0], rows))
+            asked = [(t.key, t.method, t.seed) for t in known if t.group == group[0].group]
+            keep_request(store.location, Request.of(group[0], asked))
     if parallel.shared(len(todo)):
         for group in groups:
-            check(group)
-        runner: Executor = (
-            Inline(retry=wanted.retry_failed)
-            if wanted.executor == "inline"
-            else Ray(wanted.address, retry=wanted.retry_failed)
-        )
-        failed += _execute(runner, todo, count["done"], root, console)
+            preflight(group)
+        failed += _execute(executor, todo, count["done"], root, console)
     if parallel.leads():
         _report(store, set(names), console)
     return failed
 
 
 def _execute(
-    runner: Executor, todo: Sequence[TrialSpec], done: int, root: str, console: Console
+    executor: Executor, todo: Sequence[TrialSpec], done: int, root: str, console: Console
 ) -> int:
     with (
         Progress(console, done, len(todo)) as progress,
-        contextlib.closing(runner.run(todo, root)) as events,
+        contextlib.closing(executor.run(todo, root)) as events,
     ):
         for spec, event in events:
             progress.follow(spec, event)
@@ -114,6 +94,6 @@ def _execute(
 
 def _report(store: Store, groups: set[str], console: Console) -> None:
     from harness.report.forms import render
-    from harness.report.model import load
+    from harness.report.model import load_report
 
-    render(load([store], only=groups), "rich", console)
+    render(load_report([store], only=groups), "rich", console)

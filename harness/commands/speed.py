@@ -19,10 +19,9 @@ from harness.errors import UserError
 from harness.flops.costs import Backward
 from harness.flops.subject import Subject
 from harness.storage.provenance import hardware
-from harness.suite.config import Named, Recipe, Suite
+from harness.suite.config import Recipe, Suite, TorchClass
 from harness.train.optimizers import build_optimizer
 from harness.train.tuning import Tuning, autocast, numerics, square, tune
-from neq.timings import stopwatch
 
 PAIRS = (8, 60)  # of dense and frozen steps for each row; the first pair warms up
 SECONDS = 3.0  # after which the smaller number of pairs is enough
@@ -38,8 +37,9 @@ KINDS: tuple[tuple[Granularity, neq.Gradient], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Times and FLOPs over those of the dense model; low and high: the quartiles of the pairs.
+    """One share of frozen neurons: times and FLOPs over those of the dense model.
 
+    `backward_ratio` is the median over pairs of steps, low and high are the quartiles.
     `floor_ratio`: time with all weight gradients left out and all input gradients kept.
     """
 
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Rows for one model on one device."""
+    """What was timed: rows of one model on one device."""
 
     name: str
     device: str
@@ -67,12 +67,12 @@ class Speed:
     rows: list[Row]
 
     def json(self) -> dict[str, Any]:
-        """The documented JSON."""
+        """The documented JSON, as plain values."""
         return asdict(self)
 
 
-def shares(text: str) -> list[float]:
-    """Of "0,0.5,1"; raises UserError."""
+def parse_shares(text: str) -> list[float]:
+    """The shares that "0,0.5,1" names; raises UserError for anything outside of 0 to 1."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
@@ -90,7 +90,11 @@ def speed(
     precision: Precision | None,
     progress: Callable[[str], None],
 ) -> Speed:
-    """Time `subject` in its suite's recipe, or with SGD in float32; raises UserError."""
+    """Time a model in its suite's recipe, or with SGD, frozen and dense steps by turns.
+
+    `batch` and `precision`: where it is no suite's; `progress` is told what is being done. Raises
+    UserError where the model can't be trained so.
+    """
     recipe = _recipe(subject.suite, batch, precision)
     if not bool(subject.freezable.any()):
         raise UserError(f"{subject.name} has no neuron that may freeze")
@@ -148,7 +152,7 @@ def _recipe(suite: Suite | None, batch: int | None, precision: Precision | None)
         epochs=1,
         batch_size=batch or 32,
         precision=precision or "float32",
-        optimizer=Named(name="SGD", **arguments),
+        optimizer=TorchClass(name="SGD", **arguments),
     )
 
 
@@ -160,15 +164,15 @@ def _mask(subject: Subject, granularity: Granularity, share: float, seed: int) -
     layers = [layer.neurons for layer in subject.costs.neurons.layers]
     wanted = round(share * int(subject.freezable.sum()))
     generator = torch.Generator().manual_seed(seed)
-    for place in torch.randperm(len(layers), generator=generator).tolist():
-        part = layers[place]
+    for position in torch.randperm(len(layers), generator=generator).tolist():
+        part = layers[position]
         if int(mask.sum()) + int(subject.freezable[part].sum()) <= wanted:
             mask[part] = subject.freezable[part]
     return mask
 
 
 class _Bench:
-    """One model and optimizer; nothing moves, for the learning rate is zero."""
+    """A model and its optimizer to be timed; no weight moves, for the learning rate is zero."""
 
     def __init__(
         self, model: nn.Module, subject: Subject, recipe: Recipe, tuning: Tuning, device: Any
@@ -214,7 +218,9 @@ class _Bench:
     def pairs(
         self, mask: Tensor, gradient: neq.Gradient = "exact", floor: bool = False
     ) -> list[tuple[float, float]]:
-        """(backward, step) of frozen over dense, pair by pair; `floor`: input gradients kept."""
+        """(backward, step) seconds, frozen over dense, pair by pair; `floor`: input gradients
+        kept.
+        """
         freezer = neq.NeuronFreezer(
             self.model,
             self.optimizer,
@@ -238,7 +244,7 @@ class _Bench:
 
     @contextmanager
     def _input_gradients(self) -> Iterator[None]:
-        """Let all layers but the first ones pass a gradient on, whatever is frozen."""
+        """Inside, all layers but the first ones pass a gradient on, whatever is frozen."""
         modules = dict(self.model.named_modules())
         handles = [
             modules[name].register_forward_hook(_require_gradient) for name in self.costs.entrances
@@ -257,10 +263,10 @@ class _Bench:
     def _step(self) -> tuple[float, float]:
         """Seconds of the backward, and of the whole step."""
         self.optimizer.zero_grad()
-        with stopwatch(self.device) as step:
+        with neq.stopwatch(self.device) as step:
             with autocast(self.device.type, self.precision):
                 loss = square(self.model(self.images))
-            with stopwatch(self.device) as backward:
+            with neq.stopwatch(self.device) as backward:
                 torch.autograd.backward(loss)
             self.optimizer.step()
         return backward[0], step[0]
@@ -278,8 +284,8 @@ TITLES = {
 }
 
 
-def show(speed: Speed, console: Console) -> None:
-    """A table for each way of freezing, a bar for the time of each row."""
+def print_speed(speed: Speed, console: Console) -> None:
+    """Print a table for each way of freezing, with a bar for the time of each row."""
     layout = ", channels_last" if speed.channels_last else ""
     say(f"{speed.name}: batch {speed.batch}, {speed.precision}{layout}", console, "bold")
     say(speed.device, console, "dim")

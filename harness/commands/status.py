@@ -16,8 +16,9 @@ from rich.text import Text
 from harness.storage import leases
 from harness.storage.leases import Beat
 from harness.storage.locations import StorageError
+from harness.storage.requests import read_requests
 from harness.storage.store import NothingError, Store
-from harness.suite.sweep import named
+from harness.suite.sweep import point_label
 
 STATES = ("done", "running", "to do", "interrupted", "failed")
 REFRESH = 2.0  # seconds
@@ -27,7 +28,7 @@ COLUMNS = ["trial", "group", "method", "seed", "state", "epochs", "epochs_done",
 
 @dataclass(frozen=True, slots=True)
 class TrialStatus:
-    """A trial: done, running, to do, interrupted (the same command goes on) or failed.
+    """What became of a trial; `state`: one of STATES ("interrupted": the same command goes on).
 
     `heartbeat_age`: seconds since its owner last said that it is alive, by the clocks of both.
     """
@@ -44,7 +45,7 @@ class TrialStatus:
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """The trials of one suite that may stand in one table; `point`: of a sweep, which."""
+    """The trials of one group; `point`: which point of a sweep it is, as a user reads it."""
 
     suite: str
     group: str
@@ -53,7 +54,7 @@ class GroupStatus:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Trials in each state."""
+        """How many trials are in each state."""
         return {state: Counter(t.state for t in self.trials)[state] for state in STATES}
 
     @property
@@ -63,28 +64,28 @@ class GroupStatus:
 
 
 class Reader:
-    """Reads results again and again; what is done is read once."""
+    """Reads the results that `find` finds, again and again; what is done is read once."""
 
     def __init__(self, find: Callable[[], list[Store]]) -> None:
         self._find = find
         self._done: dict[str, dict[str, dict[str, Any]]] = {}  # by results folder and trial
 
     def read(self) -> list[GroupStatus]:
-        """One entry for each group; raises UserError for damaged files."""
+        """The status of every group; raises UserError for damaged files."""
         return [status for store in self._find() for status in self._suite(store)]
 
     def _suite(self, store: Store) -> list[GroupStatus]:
-        done = self._done.setdefault(store.place.uri, {})
+        done = self._done.setdefault(store.location.uri, {})
         rows = store.read("trials", COLUMNS, but=done).to_pylist()
         done |= {row["trial"]: row for row in rows if row["state"] == "done"}
         known = done | {row["trial"]: row for row in rows}
         groups: dict[str, dict[str, TrialStatus]] = {}
         beats = _beats(store, done)
         points: dict[str, str] = {}
-        for plan in store.plans():
-            points[plan.group] = named(plan.point) or points.get(plan.group, "")
-            trials = groups.setdefault(plan.group, {})
-            for key, method, seed in plan.trials:
+        for request in read_requests(store.location):
+            points[request.group] = point_label(request.point) or points.get(request.group, "")
+            trials = groups.setdefault(request.group, {})
+            for key, method, seed in request.trials:
                 if key not in known:
                     row = {"trial": key, "method": method, "seed": seed}
                     trials[key] = _status(row, beats.get(key))
@@ -98,9 +99,9 @@ class Reader:
 
 
 def _beats(store: Store, done: Container[str]) -> dict[str, Beat | None]:
-    keys = [key for key in store.place.names("leases") if key not in done]
-    with ThreadPoolExecutor(store.place.readers) as pool:
-        found = pool.map(lambda key: leases.latest(store.place, key), keys)
+    keys = [key for key in store.location.names("leases") if key not in done]
+    with ThreadPoolExecutor(store.location.readers) as pool:
+        found = pool.map(lambda key: leases.latest(store.location, key), keys)
         return dict(zip(keys, found, strict=True))
 
 
@@ -125,17 +126,20 @@ def _status(row: dict[str, Any], beat: Beat | None) -> TrialStatus:
 
 
 def to_json(found: list[GroupStatus]) -> dict[str, Any]:
-    """{"groups": [{suite, group, point, counts, trials}]}."""
+    """The documented JSON: {"groups": [{suite, group, point, counts, trials}]}."""
     return {"groups": [asdict(status) | {"counts": status.counts} for status in found]}
 
 
-def show(found: list[GroupStatus], console: Console) -> None:
-    """Counts, and every trial that is neither done nor to do."""
+def print_status(found: list[GroupStatus], console: Console) -> None:
+    """Print counts, and every trial that is neither done nor to do."""
     console.print(_view(found))
 
 
 def watch(find: Callable[[], list[Store]], console: Console) -> None:
-    """Show it anew until nothing is left to change; where there is nothing yet, wait for it."""
+    """Print the status again and again, until no trial is left that may change.
+
+    Where there are no results yet it waits for them.
+    """
     reader = Reader(find)
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:

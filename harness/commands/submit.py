@@ -6,9 +6,8 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from harness.errors import UserError, line
+from harness.commands.options import RunOptions
+from harness.errors import UserError, one_line
 from harness.run.trials import chosen_methods, chosen_seeds
-from harness.storage.locations import place
+from harness.storage.locations import open_location
 from harness.storage.provenance import provenance
 from harness.suite import files
 from harness.suite.config import Suite, digest
@@ -30,41 +30,19 @@ LARGE = 50 * 2**20  # bytes; Ray refuses twice as much
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")  # never keys: a job shows them
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What the command line asks for."""
-
-    suite: str
-    settings: Sequence[str]
-    methods: str | None
-    seeds: str | None
-    synthetic: bool
-    retry_failed: bool
-    results: str
-    address: str
-
-    @property
-    def options(self) -> list[str]:
-        """Of `neqbench run`."""
-        given = {"--methods": self.methods, "--seeds": self.seeds}
-        words = [word for name, value in given.items() if value for word in (name, value)]
-        words += [word for setting in self.settings for word in ("--set", setting)]
-        words += ["--synthetic"] * self.synthetic + ["--retry-failed"] * self.retry_failed
-        return ["--results", self.results, *words]
-
-
-def submit(job: Job, console: Console) -> None:
+def submit(options: RunOptions, address: str, console: Console) -> None:
     """Send code and suite to the cluster and start the run there.
 
-    The job's id follows from what is asked for, so that the same command finds the job that is
-    still running. Raises UserError where nobody answers, and for what only this machine has.
+    `address`: of the cluster's dashboard. The job's id follows from what is asked for, so that the
+    same command finds the job that is still running. Raises UserError where nobody answers, and for
+    what only this machine has.
     """
-    suite, folder = files.load(job.suite, job.settings)
-    _check(job, suite)
-    asked = {"suite": suite.name, "options": shlex.join(job.options)}
+    suite, folder = files.load_suite(options.suite, options.settings or ())
+    _check(options, address, suite)
+    asked = {"suite": suite.name, "options": shlex.join(options.words())}
     name = f"neqbench-{suite.name}-{digest(asked)[:8]}"
-    client = _client(job.address)
-    with _answering(job.address):
+    client = _client(address)
+    with _answering(address):
         earlier = {
             known.submission_id: known.status in OPEN
             for known in client.list_jobs()
@@ -72,33 +50,34 @@ def submit(job: Job, console: Console) -> None:
         }
     running = [known for known, is_open in earlier.items() if is_open]
     if running:
-        _tell(f"{running[0]} is running already", running[0], suite.name, job, console)
+        how = "is running already"
+        _tell(how, running[0], suite.name, options.results, address, console)
         return
     number = max((int(known.rpartition("-")[2]) for known in earlier), default=0) + 1
     with tempfile.TemporaryDirectory() as staging:
-        where = _stage(Path(staging), job.suite, folder)
-        with _answering(job.address):
+        where = _stage(Path(staging), options.suite, folder)
+        with _answering(address):
             sent = client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "harness", "run", where, *job.options]),
+                entrypoint=shlex.join(["python", "-m", "harness", "run", where, *options.words()]),
                 submission_id=f"{name}-{number}",
                 runtime_env={"working_dir": staging, "env_vars": _environment()},
                 metadata=asked,
             )
-    _tell(f"{sent} is submitted", sent, suite.name, job, console)
+    _tell("is submitted", sent, suite.name, options.results, address, console)
 
 
-def _check(job: Job, suite: Suite) -> None:
+def _check(options: RunOptions, address: str, suite: Suite) -> None:
     """Raises UserError for what can be seen to be wrong from here."""
-    chosen_methods(suite, job.methods)
-    if job.seeds is not None:
-        chosen_seeds(job.seeds)
-    if not job.address.startswith(("http://", "https://")) or "@" in job.address:
+    chosen_methods(suite, options.methods)
+    if options.seeds is not None:
+        chosen_seeds(options.seeds)
+    if not address.startswith(("http://", "https://")) or "@" in address:
         raise UserError("--address: give the cluster's dashboard, such as http://head:8265")
-    place(job.results)
-    data = "" if job.synthetic or suite.data.synthetic else suite.data.root
+    open_location(options.results)
+    data = "" if options.synthetic or suite.data.synthetic else suite.data.root
     weights = suite.model.weights
     local = {
-        "--results": job.results if "://" not in job.results else "",
+        "--results": options.results if "://" not in options.results else "",
         "--set data.root": data,
         "--set model.weights": "" if weights.partition(":")[0] in LIBRARIES else weights,
     }
@@ -117,8 +96,8 @@ def _answering(address: str) -> Iterator[None]:
         yield
     except Exception as error:  # requests', Ray's, and plain RuntimeError
         raise UserError(
-            f"no Ray dashboard answers as it should at {address} ({line(error)}); check --address "
-            "(http://head:8265) and, where the cluster asks for one, the token "
+            f"no Ray dashboard answers as it should at {address} ({one_line(error)}); check "
+            "--address (http://head:8265) and, where the cluster asks for one, the token "
             "(RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)"
         ) from None
 
@@ -144,22 +123,22 @@ def _stage(staging: Path, suite: str, folder: Path) -> str:
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
     for package in CODE:
         shutil.copytree(str(resources.files(package)), staging / package, ignore=skipped)
-    if suite in files.builtin():
+    if suite in files.shipped_suites():
         return suite
     own = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "data", "results")
     where = Path("own") / folder.name
     try:
         shutil.copytree(folder, staging / where, ignore=own)
     except (OSError, shutil.Error) as error:
-        raise UserError(f"{folder} can't be copied to be sent: {line(error)}") from None
+        raise UserError(f"{folder} can't be copied to be sent: {one_line(error)}") from None
     size = sum(path.stat().st_size for path in (staging / where).rglob("*"))
     if size > LARGE:
         raise UserError(
             f"{folder} holds {size / 2**20:.0f} MiB besides data/ and results/; move what is no "
             "code out of it, to where every node sees it"
         )
-    file = where / files.locate(suite).name
-    files.load(str(staging / file))  # what it extends must be there, too
+    file = where / files.suite_file(suite).name
+    files.load_suite(str(staging / file))  # what it extends must be there, too
     return str(file)
 
 
@@ -172,15 +151,15 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _tell(what: str, sent: str, suite: str, job: Job, console: Console) -> None:
-    where = shlex.join(["--results", job.results])
-    at = shlex.join([sent, "--address", job.address])
+def _tell(how: str, job: str, suite: str, results: str, address: str, console: Console) -> None:
+    where = shlex.join(["--results", results])
+    at = shlex.join([job, "--address", address])
     commands = {
         f"neqbench status {suite} {where} --watch": "follow its trials",
         f"ray job logs {at} --follow": "read what it prints",
         f"ray job stop {at}": "stop it; submit again to go on",
         f"neqbench report {suite} {where}": "compare the methods",
     }
-    console.print(Text(what), soft_wrap=True)
+    console.print(Text(f"{job} {how}"), soft_wrap=True)
     for command, why in commands.items():
         console.print(Text(f"  {command}  # {why}"), soft_wrap=True)

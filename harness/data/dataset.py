@@ -21,11 +21,12 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
-    """One forward of a step: float32 inputs [n, …] and targets [n, …] on the device.
+class Microbatch:
+    """What one forward of this worker takes: float32 inputs [n, …] and targets [n, …].
 
-    `weight`: of its mean loss, its share of the step's samples times the workers, over which
-    gradients are averaged. `last`: the optimizer steps after it.
+    `weight`: what its mean loss counts in the step's gradient: its share of the step's samples,
+    times the workers, over which gradients are averaged. `last`: whether the optimizer steps after
+    it.
     """
 
     inputs: Tensor
@@ -36,7 +37,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Positions in the epoch's order that one forward of this worker takes."""
+    """Positions in the epoch's order that make one microbatch; else as Microbatch."""
 
     rows: slice
     weight: float
@@ -44,7 +45,7 @@ class Share:
 
 
 def used(count: int, recipe: Recipe) -> int:
-    """Samples of `count` that an epoch trains on.
+    """How many of `count` samples an epoch trains on.
 
     A last batch with fewer than two samples for each worker is left out: BatchNorm needs two.
     """
@@ -53,7 +54,9 @@ def used(count: int, recipe: Recipe) -> int:
 
 
 def shares(count: int, recipe: Recipe) -> Iterator[Share]:
-    """This worker's forwards of an epoch over `count` samples, as many as any other worker's."""
+    """This worker's microbatches of an epoch over `count` samples, as many as any other
+    worker's.
+    """
     world = workers()
     for start in range(0, used(count, recipe), recipe.batch_size):
         stop = min(start + recipe.batch_size, count)
@@ -66,13 +69,16 @@ def shares(count: int, recipe: Recipe) -> Iterator[Share]:
 
 
 class Batches(ABC):
-    """An opened data set: batches on the training device, this worker's share of each."""
+    """An opened data set: gives batches on the training device, this worker's share of each.
+
+    `counts`: samples of "train", "validation" and "test".
+    """
 
     def __init__(self, counts: Mapping[str, int], recipe: Recipe) -> None:
         self._counts, self._recipe = counts, recipe
 
     def size(self, part: str) -> int:
-        """Samples of "train" (of an epoch), "validation" or "test", of all workers together."""
+        """Samples of a part, of all workers together; of "train" as many as an epoch trains on."""
         count = self._counts[part]
         return used(count, self._recipe) if part == "train" else count
 
@@ -85,19 +91,26 @@ class Batches(ABC):
         return shares(self._counts["train"], self._recipe)
 
     @abstractmethod
-    def train(self, epoch: int) -> Iterator[Forward]:
-        """One epoch: order and augmentation each from its own stream, drawn on the CPU."""
+    def train(self, epoch: int) -> Iterator[Microbatch]:
+        """The microbatches of an epoch, in an order of its own, augmented.
+
+        Order and augmentation have a random stream each, drawn on the CPU.
+        """
 
     @abstractmethod
     def evaluate(self, part: str, batch_size: int) -> Iterator[Batch]:
-        """All of a part without augmentation, each sample on one worker, none padded."""
+        """Batches of all of a part, without augmentation; each sample is on one worker, none twice.
+
+        `part`: "train", "validation" or "test".
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset(ABC):
-    """What a suite's data part returns, not yet decoded; `options` say how much of it is used.
+    """What a suite's data part returns, not yet decoded.
 
-    Raises UserError where the validation samples leave none to train on.
+    `name`: as reports show it; `options`: the suite's Data, which say how much is used. Raises
+    UserError where the validation samples leave none to train on.
     """
 
     name: str
@@ -121,20 +134,20 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def sources(self) -> tuple[Any, Any]:
-        """(training set, test set), each with a length and `labels`."""
+        """(training set, test set), each with a length and with `labels`."""
 
     @cached_property
     def indices(self) -> tuple[Tensor, Tensor]:
-        """(training, validation) indices into the training set; the validation part is taken out
-        of it.
-        """
+        """Indices into the training set: (those to train on, those to validate on)."""
         shuffle = generator(self.options.split_seed, "split")
         chosen = torch.randperm(len(self.sources[0]), generator=shuffle)
         chosen = chosen[: self.options.train_size]
         return chosen[self.options.validation_size :], chosen[: self.options.validation_size]
 
     def parts(self, most: int | None = None) -> dict[str, tuple[Any, Tensor]]:
-        """Name of a part → the set that it is taken from, and which samples (`most`: the first)."""
+        """By part: (the set that it is taken from, indices into that); `most`: the first ones
+        only.
+        """
         train, validation = self.indices
         source, test = self.sources
         everything = torch.arange(len(test))
@@ -145,13 +158,13 @@ class Dataset(ABC):
         }
 
     def labels(self) -> list[Tensor]:
-        """Of each set, where they are known without decoding."""
+        """The labels of each set, where they are known without decoding."""
         known = (source.labels for source in self.sources)
         return [labels for labels in known if isinstance(labels, Tensor)]
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of counts, labels and some decoded samples; nothing of where they lie."""
+        """Hash of counts, labels and some decoded samples; it does not depend on where they lie."""
 
     @abstractmethod
     def open(
@@ -163,11 +176,13 @@ class Dataset(ABC):
         loaders: int = 0,
         most: int | None = None,
     ) -> Batches:
-        """Ready for training; `loaders`: processes that decode beside this one; `most`: samples of
-        each part.
+        """The batches for training with `seed` by `recipe` on `device`.
+
+        `loaders`: processes that decode beside this one; `most`: samples of each part (default:
+        all).
         """
 
 
 def some(count: int) -> Tensor:
-    """Indices for a fingerprint, evenly spread."""
+    """Indices of the samples that make a fingerprint, evenly spread over `count`."""
     return torch.linspace(0, count - 1, min(count, FINGERPRINT_SAMPLES)).long()

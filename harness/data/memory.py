@@ -1,6 +1,6 @@
-"""Data sets that fit into memory, and what a suite's data part returns.
+"""Data sets that fit into memory.
 
-Images live as one uint8 tensor on the training device; crop and flip run there in batches.
+Images live as one uint8 tensor on the training device; crop and flip run there, batch by batch.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.data.dataset import Batch, Batches, Dataset, Forward, some
+from harness.data.dataset import Batch, Batches, Dataset, Microbatch, some
 from harness.errors import UserError
 from harness.parallel import rank, workers
 from harness.seeds import generator
@@ -20,8 +20,10 @@ from harness.suite.config import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`labels`: int64 [n], or one for each pixel: [n, height, width].
-    `read(indices)`: uint8 [len(indices), channels, height, width].
+    """The training or the test set of Images.
+
+    `labels`: int64 [n], or one for each pixel: [n, height, width]. `read(indices)` decodes images:
+    uint8 [len(indices), channels, height, width].
     """
 
     labels: Tensor
@@ -56,11 +58,11 @@ class Images(Dataset):
 
     @property
     def sources(self) -> tuple[Split, Split]:
-        """(training set, test set)."""
+        """See Dataset."""
         return self.train, self.test
 
     def fingerprint(self) -> str:
-        """Hash of counts, labels and some decoded samples; nothing of where they lie."""
+        """See Dataset."""
         digest = hashlib.sha256()
         for split in self.sources:
             for tensor in (split.labels, split.read(some(len(split)))):
@@ -77,7 +79,7 @@ class Images(Dataset):
         loaders: int = 0,
         most: int | None = None,
     ) -> Batches:
-        """Decode what is used and move it to the device."""
+        """See Dataset; decodes what is used and moves it to the device."""
         parts = {
             name: (split.read(indices).to(device), split.labels[indices].to(device))
             for name, (split, indices) in self.parts(most).items()
@@ -98,8 +100,8 @@ class InMemory(Batches):
         )
         self._scale, self._shift = 1 / (255 * std), mean / std
 
-    def train(self, epoch: int) -> Iterator[Forward]:
-        """One epoch: order and augmentation each from its own stream, drawn on the CPU."""
+    def train(self, epoch: int) -> Iterator[Microbatch]:
+        """See Batches."""
         images, labels = self._parts["train"]
         count, device = len(labels), images.device
         order = torch.randperm(count, generator=generator(self._seed, "order", epoch)).to(device)
@@ -114,10 +116,10 @@ class InMemory(Batches):
             if self._flip:
                 batch = torch.where(mirrored[rows, None, None, None], batch.flip(-1), batch)
             targets = labels[order[rows]]
-            yield Forward(self._normalised(batch), targets, share.weight, share.last)
+            yield Microbatch(self._normalised(batch), targets, share.weight, share.last)
 
     def evaluate(self, part: str, batch_size: int) -> Iterator[Batch]:
-        """All of a part, in order, without augmentation, each image on one worker."""
+        """See Batches; images come in order."""
         images, labels = (tensor[rank() :: workers()] for tensor in self._parts[part])
         for start in range(0, len(labels), batch_size):
             chosen = slice(start, start + batch_size)
@@ -128,7 +130,7 @@ class InMemory(Batches):
 
 
 def crop(images: Tensor, padding: int, corners: Tensor) -> Tensor:
-    """Pad with zeros, then cut each image's own window.
+    """Pad images with zeros, and cut from each a window of its former size.
 
     `images` [n, channels, height, width]; `corners` int64 [n, 2]: top and left, 0 to 2 · padding.
     """

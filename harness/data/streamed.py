@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from harness.data.dataset import Batch, Batches, Dataset, Forward, some
-from harness.errors import UserError
+from harness.data.dataset import Batch, Batches, Dataset, Microbatch, some
+from harness.errors import UserError, with_origin
 from harness.parallel import rank, workers
 from harness.seeds import generator, seeded
 from harness.suite.config import Recipe
-from harness.suite.parts import said
 
 Transform = Callable[[Any, Any], tuple[Tensor, Any]]
 
 
 class Source(Protocol):
-    """A set of samples; item i is an image as a PIL image or uint8 tensor, and its target.
+    """The training or the test set of Samples; item i is (PIL image or uint8 tensor, target).
 
     `labels`: int64 [n], or the names of the samples where a label is more than a number; they
     identify the set. An item that can't be read raises UserError.
@@ -33,15 +32,15 @@ class Source(Protocol):
 
     @property
     def labels(self) -> Tensor | Sequence[str]:
-        """One for each sample."""
+        """One label, or name, for each sample."""
         ...
 
     def __len__(self) -> int:
-        """How many samples."""
+        """How many samples there are."""
         ...
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """(image, target), decoded and whole."""
+        """(image, target) of one sample, decoded and whole."""
         ...
 
 
@@ -64,11 +63,11 @@ class Samples(Dataset):
 
     @property
     def sources(self) -> tuple[Source, Source]:
-        """(training set, test set)."""
+        """See Dataset."""
         return self.train, self.test
 
     def fingerprint(self) -> str:
-        """Hash of counts, labels or names, and some decoded samples."""
+        """See Dataset."""
         digest = hashlib.sha256()
         for source in self.sources:
             known = source.labels
@@ -89,12 +88,12 @@ class Samples(Dataset):
         loaders: int = 0,
         most: int | None = None,
     ) -> Batches:
-        """Nothing is decoded yet."""
+        """See Dataset; nothing is decoded yet."""
         return Streamed(self, self.parts(most), device, seed, recipe, loaders)
 
 
 class Streamed(Batches):
-    """Batches from a DataLoader, pinned and copied in the background where there is a GPU."""
+    """Batches from a DataLoader; where there is a GPU, pinned and copied in the background."""
 
     def __init__(
         self,
@@ -109,8 +108,8 @@ class Streamed(Batches):
         self._data, self._parts = data, parts
         self._device, self._seed, self._loaders = device, seed, loaders
 
-    def train(self, epoch: int) -> Iterator[Forward]:
-        """One epoch: order and augmentation each from its own stream, drawn on the CPU."""
+    def train(self, epoch: int) -> Iterator[Microbatch]:
+        """See Batches."""
         source, indices = self._parts["train"]
         draw = generator(self._seed, "order", epoch)
         order = indices[torch.randperm(len(indices), generator=draw)]
@@ -118,10 +117,10 @@ class Streamed(Batches):
         samples = _Transformed(source, self._data.train_transform, self._seed, epoch)
         loaded = self._load(samples, [order[share.rows] for share in cut])
         for share, (inputs, targets) in zip(cut, loaded, strict=True):
-            yield Forward(inputs, targets, share.weight, share.last)
+            yield Microbatch(inputs, targets, share.weight, share.last)
 
     def evaluate(self, part: str, batch_size: int) -> Iterator[Batch]:
-        """All of a part, in order, without augmentation, each sample on one worker."""
+        """See Batches; samples come in order, test samples of sizes of their own one by one."""
         source, indices = self._parts[part]
         transform = self._data.validation_transform
         if part == "test" and self._data.test_transform is not None:
@@ -162,7 +161,7 @@ class _Transformed:
         except UserError as error:
             return error
         except Exception as error:
-            return UserError(f"the transform of sample {index} failed: {said(error)}")
+            return UserError(f"the transform of sample {index} failed: {with_origin(error)}")
 
 
 def _read(source: Source, index: int) -> tuple[Any, Any]:
@@ -171,7 +170,7 @@ def _read(source: Source, index: int) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"sample {index} can't be read: {said(error)}") from error
+        raise UserError(f"sample {index} can't be read: {with_origin(error)}") from error
     return image, target
 
 

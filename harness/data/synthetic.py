@@ -20,14 +20,14 @@ TEST = 32
 
 
 class _Noise:
-    """Images [channels, height, width] of uint8 noise, and targets of the task's choice."""
+    """A Source of uint8 noise [channels, height, width], with targets of the task's choice."""
 
     def __init__(self, part: str, count: int, shape: tuple[int, ...], targets: Tensor) -> None:
         self._part, self._count, self._shape, self._targets = part, count, shape, targets
 
     @property
     def labels(self) -> Sequence[str]:
-        """Names, all of them made up."""
+        """Names of the samples, all of them made up."""
         return [f"{self._part} {index}" for index in range(self._count)]
 
     def __len__(self) -> int:
@@ -40,7 +40,10 @@ class _Noise:
 
 
 def synthetic(suite: Suite, folder: Path | str) -> Dataset:
-    """Noise in the shape of the suite's model; raises UserError where its task makes no targets."""
+    """A data set of noise in the shape of the suite's model input.
+
+    Raises UserError where the model does not run on it, or the task can make no targets.
+    """
     shape, data = suite.model.input, suite.data
     count = data.train_size or data.validation_size + STEPS * suite.recipe.batch_size
     task = build_task(suite, folder)

@@ -1,4 +1,4 @@
-"""What the autograd graph of one forward says: which parameters lie upstream of which product.
+"""Reads the autograd graph of one forward: which parameters lie upstream of which product.
 
 Execution order would be the wrong test: a class token enters late, a frozen branch may run first.
 """
@@ -16,15 +16,16 @@ from torch.utils._pytree import tree_leaves
 
 from neq import Layer, NeuronIndex
 
-Place = TypeVar("Place")
+NodeT = TypeVar("NodeT")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a supported layer; `upstream`: bit i set where its input depends on parameter i.
+    """One call of a supported layer.
 
-    `elements`: of its output, over the whole batch. `reached`: whether the model's output depends
-    on it, so that the backward visits it.
+    `upstream`: bit i is set where its input depends on parameter i. `elements`: of its output, over
+    the whole batch. `reached`: whether the model's output depends on it, so that the backward
+    visits it.
     """
 
     layer: str
@@ -35,10 +36,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One matrix product of the backward, outside supported layers, over the whole batch.
+    """One matrix product of the backward outside supported layers; `flops` of the whole batch.
 
-    `upstream`: parameters for whose sake it is required; `triggers`: those for whose sake it is
-    done, more than that where one operator makes several products.
+    It is required where one of the parameters with bits in `upstream` trains, and done where one of
+    those in `triggers` does: these are more where one operator makes several products at once.
     """
 
     flops: int
@@ -48,8 +49,11 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """What one forward left behind, in numbers: node i of the autograd graph reads `sources[i]`,
-    all smaller than i, and accumulates into the parameters of the bits `own[i]`.
+    """The autograd graph of one forward, in numbers.
+
+    Node i reads the nodes `sources[i]`, all smaller than i, and accumulates into the parameters of
+    the bits `own[i]`. `roots`: the nodes of the model's outputs; `runs`: the calls of layers;
+    `products`: the matrix products outside them.
     """
 
     sources: list[list[int]]
@@ -68,7 +72,9 @@ class Graph:
     def calls_and_products(
         self, cut: frozenset[str] = frozenset()
     ) -> tuple[list[Call], list[Product]]:
-        """With no gradient flowing through the layers of `cut`."""
+        """The calls of layers and the other products, with no gradient through the layers of
+        `cut`.
+        """
         gone = set().union(*(run.inside for run in self.runs if run.layer in cut))
         upstream: list[int] = []
         for node, sources in enumerate(self.sources):
@@ -102,9 +108,9 @@ class Graph:
 
 
 def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[int, int]) -> Graph:
-    """Run `model(inputs)` once with gradients and read the graph that it leaves behind.
+    """The graph that `model(inputs)` leaves behind, run once with gradients.
 
-    `numbers`: id of each parameter → the bit that stands for it.
+    `numbers`: id of each parameter → number of the bit that stands for it.
     """
     recorder = _Recorder(neurons)
     with recorder.hooks(), torch.enable_grad():
@@ -123,9 +129,9 @@ def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[
     ]
     owned = set().union(*(run.inside for run in runs))
     products = [
-        _Operator(place, *_products(node, order))
-        for node, place in order.items()
-        if place not in owned
+        _Operator(position, *_products(node, order))
+        for node, position in order.items()
+        if position not in owned
     ]
     return Graph(
         [[order[source] for source in _sources(node)] for node in order],
@@ -138,7 +144,7 @@ def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[
 
 @dataclass(frozen=True, slots=True)
 class _Operator:
-    """Products of a node, each with the operands for whose sake it is; `fused`: all or none."""
+    """The products of a node: (operands for whose sake, FLOPs) each; `fused`: done all or none."""
 
     node: int
     fused: bool
@@ -151,13 +157,13 @@ class _Operator:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run(Generic[Place]):
+class _Run(Generic[NodeT]):
     """A call of a layer: the nodes of its inputs, and those that its forward made."""
 
     layer: str
     elements: int
-    inputs: frozenset[Place]
-    inside: frozenset[Place]
+    inputs: frozenset[NodeT]
+    inside: frozenset[NodeT]
 
 
 class _Recorder:

@@ -1,9 +1,9 @@
-"""FLOP accounting: measured once per model with fvcore, then arithmetic on the mask.
+"""FLOP accounting: counted once per model with fvcore, then arithmetic on the mask.
 
-FLOPs = 2 × multiply-accumulates. `dense`: weight and input gradients of convolution, linear, matmul
-and attention. `paper`: the published convention (NEq, section 4): 2 × forward operations × the
-share that trains, summed over layers. `required`: the least that the backward can do. `executed`:
-what its kernels really do.
+FLOPs = 2 × multiply-accumulates. Of a backward there are four counts. `dense`: weight and input
+gradients of convolution, linear, matmul and attention, with nothing frozen. `paper`: the published
+convention (NEq, section 4), 2 × forward operations × the share that trains, summed over layers.
+`required`: the least that an exact backward can do. `executed`: what its kernels really do.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import neq
 from harness.flops.autograd_graph import Call, Graph, Product, trace
-from harness.flops.fvcore_counts import Forward
+from harness.flops.fvcore_counts import ForwardCounts
 from neq import Layer, LayerPlan, NeuronIndex
 
 BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
@@ -24,7 +24,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backward:
-    """FLOPs of one backward; required ≤ executed ≤ dense."""
+    """FLOPs of one backward, by each count; required ≤ executed ≤ dense."""
 
     dense: int
     paper: int
@@ -40,14 +40,16 @@ class Backward:
         )
 
     def times(self, samples: int) -> "Backward":
-        """For `samples` samples, from counts that are for a batch of `BATCH`."""
+        """The FLOPs for so many samples, where these are of a batch of `BATCH`."""
         return Backward(**{name: n * samples // BATCH for name, n in asdict(self).items()})
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerCost:
-    """Of one supported layer that was called, over the batch; `bits`: its trainable parameters,
-    `learns`: whether its weight is one of them.
+    """What one supported layer that was called costs, over a batch of `BATCH`.
+
+    `flops`: of its forward; `operations`: what the paper's convention counts of that; `bits`: its
+    trainable parameters, `learns`: whether its weight is one of them.
     """
 
     layer: Layer
@@ -58,13 +60,13 @@ class _LayerCost:
     learns: bool
 
     def dense(self) -> int:
-        """Both gradients, wherever a parameter lies upstream."""
+        """Weight gradient, and input gradient wherever a parameter lies upstream."""
         return sum(
             share * (self.learns + bool(call.upstream)) for share, call in self._shares(self.calls)
         )
 
     def paper(self, trainable: int) -> int:
-        """By the published rule, with `trainable` of its neurons."""
+        """By the published rule, with so many of its neurons training."""
         return 2 * self.operations * trainable // self.layer.size
 
     def computed(self, rows: int, calls: Iterable[Call], live: int, through: int) -> int:
@@ -77,14 +79,14 @@ class _LayerCost:
         )
 
     def _shares(self, calls: Iterable[Call]) -> Iterator[tuple[int, Call]]:
-        """FLOPs of each of the calls that a backward visits."""
+        """(FLOPs of its forward, call) for each of the calls that a backward visits."""
         elements = sum(call.elements for call in self.calls)
         for call in calls if self.flops else ():
             if call.reached:
                 yield self.flops * call.elements // elements, call
 
 
-Plan = Mapping[str, LayerPlan]
+LayerPlans = Mapping[str, LayerPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,14 @@ class _State:
     """
 
     frozen: Tensor
-    plan: Plan
+    plan: LayerPlans
     calls: dict[str, list[Call]]
     products: list[Product]
     live: int
 
 
 class Costs:
-    """What a model's passes cost; all figures per sample unless a method takes `samples`.
+    """What a model's passes cost; FLOPs are per sample unless a method takes `samples`.
 
     `neurons`: its index; `called`: bool [neurons], False for the layers of `uncalled`, whose weight
     a function uses, beside or without their own forward: they must not freeze. `dense_only` names
@@ -113,8 +115,8 @@ class Costs:
         self,
         neurons: NeuronIndex,
         graph: Graph,
-        train: Forward,
-        evaluation: Forward,
+        train: ForwardCounts,
+        evaluation: ForwardCounts,
         numbers: dict[int, int],
         unpublished: Iterable[str],
     ) -> None:
@@ -169,7 +171,7 @@ class Costs:
 
     @property
     def execution_order(self) -> list[str]:
-        """Names of the layers that are called, in the order of their first call."""
+        """Names of the layers that a forward calls, in the order of their first call."""
         return list(dict.fromkeys(call.layer for call in self._calls))
 
     def batch_within(self, memory: int, most: int) -> int:
@@ -183,16 +185,22 @@ class Costs:
         return list(dict.fromkeys(call.layer for call in self._calls if not call.upstream))
 
     def forward(self, samples: int = 1) -> int:
-        """Of a training forward."""
+        """FLOPs of a forward in train mode."""
         return 2 * self._train.total * samples // BATCH
 
     def overhead(self, samples: int = 1) -> int:
-        """Of deciding on `samples` validation samples: last epoch's model and this one's."""
+        """FLOPs of deciding on so many validation samples: forwards of last epoch's model and of
+        this.
+        """
         return 2 * 2 * self._evaluation.total * samples // BATCH
 
-    def backward(self, frozen: Tensor, samples: int = 1, plan: Plan | None = None) -> Backward:
-        """With the neurons of `frozen` (bool [neurons]) standing still, computed as in `plan`
-        (default: neq's for an exact gradient, with no kernel timed).
+    def backward(
+        self, frozen: Tensor, samples: int = 1, plan: LayerPlans | None = None
+    ) -> Backward:
+        """FLOPs of a backward while the neurons of `frozen` (bool [neurons]) stand still.
+
+        `plan`: how each layer is computed (default: as neq does it for an exact gradient where no
+        kernel was timed).
         """
         state = self._state(frozen, plan)
         return sum((self._of(cost, state) for cost in self._layers), self._elsewhere(state)).times(
@@ -200,9 +208,9 @@ class Costs:
         )
 
     def layers(
-        self, frozen: Tensor, samples: int, plan: Plan | None = None
+        self, frozen: Tensor, samples: int, plan: LayerPlans | None = None
     ) -> dict[str, tuple[int, Backward]]:
-        """Forward FLOPs and Backward of each layer that is called, for `samples` samples."""
+        """By the name of each layer that is called: (FLOPs of its forward, its Backward)."""
         state = self._state(frozen, plan)
         return {
             cost.layer.name: (
@@ -212,7 +220,7 @@ class Costs:
             for cost in self._layers
         }
 
-    def _state(self, frozen: Tensor, plan: Plan | None) -> "_State":
+    def _state(self, frozen: Tensor, plan: LayerPlans | None) -> "_State":
         plan = neq.plan(self.neurons, frozen) if plan is None else plan
         calls, products = self._calls, self._products
         cut = any(part.cut for part in plan.values())
@@ -237,7 +245,7 @@ class Costs:
         )
 
     def _elsewhere(self, state: "_State") -> Backward:
-        """Products outside supported layers: attention, parameters used by functions."""
+        """FLOPs of products outside supported layers: attention, parameters used by functions."""
         return Backward(
             dense=sum(p.flops for p in self._products if p.triggers),
             paper=self._paper_elsewhere,
@@ -254,12 +262,13 @@ class Costs:
         return live
 
 
-def measure(model: nn.Module, shape: tuple[int, ...], unpublished: Iterable[str] = ()) -> Costs:
-    """Count `model` (on a copy) on float inputs of `shape`, which has no batch dimension.
+def count_costs(model: nn.Module, shape: tuple[int, ...], unpublished: Iterable[str] = ()) -> Costs:
+    """Count what the passes of `model` cost, on a copy of it.
 
-    `unpublished`: names of layers, or dotted prefixes, that the published count leaves out.
-    What a model does once per batch, whatever its size, is charged to the samples of a batch of
-    two. Random streams are left as they were. Raises whatever the model raises on such an input.
+    `shape`: of one float32 input, without the batch dimension. `unpublished`: names of layers, or
+    dotted prefixes, that the published count leaves out. What a model does once per batch, whatever
+    its size, is charged to the samples of a batch of two. Random streams are left as they were.
+    Raises whatever the model raises on such an input.
     """
     model = copy.deepcopy(model).cpu().float()
     inputs = torch.zeros(BATCH, *shape)
@@ -267,6 +276,6 @@ def measure(model: nn.Module, shape: tuple[int, ...], unpublished: Iterable[str]
     numbers = {id(p): i for i, p in enumerate(model.parameters())}
     with torch.random.fork_rng([]):
         graph = trace(model.train(), inputs, neurons, numbers)
-        train = Forward(model, inputs, neurons)
-        evaluation = Forward(model.eval(), inputs, neurons)
+        train = ForwardCounts(model, inputs, neurons)
+        evaluation = ForwardCounts(model.eval(), inputs, neurons)
     return Costs(neurons, graph, train, evaluation, numbers, unpublished)

@@ -13,11 +13,12 @@ UNCOUNTED = {"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "ate
 PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "attention")
 
 
-class Forward:
-    """fvcore's multiply-accumulates of one forward over the batch: `total`, and by layer.
+class ForwardCounts:
+    """fvcore's multiply-accumulates of one forward of `model(inputs)`, over the whole batch.
 
-    "rule" holds what the paper's convention counts of them (convolution and linear), "all" the
-    whole.
+    `total`: of all products; `rule`: what the paper's convention counts of them (convolution and
+    linear); `by_layer`: the same by layer, under "all" and "rule". `uncounted`: operators with
+    parameters that fvcore can't count.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> None:
@@ -85,8 +86,8 @@ def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
         output = "".join(letter for letter in sizes if left.count(letter) == 1)
     kept = set(output) | {letter for letter in sizes if ord(letter) > 0x400}
     total, done = 0, operands[0]
-    for place, right in enumerate(operands[1:], start=1):  # two at a time, as torch does
-        later = kept.union(*operands[place + 1 :])
+    for position, right in enumerate(operands[1:], start=1):  # two at a time, as torch does
+        later = kept.union(*operands[position + 1 :])
         both = (done & (right | later)) | (right & (done | later))
         total += prod(sizes[letter] for letter in both)
         done = both & later

@@ -1,4 +1,4 @@
-"""What PyTorch's own counter sees in one real backward, to hold the accounting against."""
+"""The oracle: what PyTorch's own counter sees in one real backward."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -17,9 +17,11 @@ Shape = Sequence[int]
 
 
 class Rules:
-    """Replaces two of the counter's rules: the weight gradient of a grouped convolution (torch 2.13
-    forgets to divide by the groups) and fused attention (not counted on the CPU; recomputed
-    products counted on CUDA). `needed`: whether either has occurred so far.
+    """Replaces two rules of PyTorch's counter that are wrong or vary by device.
+
+    The weight gradient of a grouped convolution (torch 2.13 forgets to divide by the groups), and
+    fused attention (not counted on the CPU, recomputed products counted on CUDA). `mapping`: for
+    FlopCounterMode; `needed`: whether either has occurred so far.
     """
 
     def __init__(self) -> None:
@@ -49,17 +51,17 @@ class Rules:
         return 2 * self._attention(*inputs)
 
 
-def measured(
+def backward_flops_by_torch(
     model: nn.Module,
     shape: tuple[int, ...],
     frozen: Tensor,
     gradient: neq.Gradient = "exact",
     timings: neq.Timings | None = None,
 ) -> list[int]:
-    """FLOPs of a backward over `BATCH` samples with `frozen` (bool [neurons]) standing still.
+    """FLOPs that PyTorch counts in a backward over `BATCH` samples of `shape`.
 
-    With the rules above, then by PyTorch's own where those are right. The model is converted for
-    it and back again.
+    `frozen`: bool [neurons], who stands still. Returns the count with the rules above, then the one
+    by PyTorch's own rules where those are right. The model is converted for it and back again.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     freezer = neq.NeuronFreezer(

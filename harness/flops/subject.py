@@ -1,4 +1,4 @@
-"""`neqbench flops`: the accounting of one model, with a share of its neurons frozen at random."""
+"""A model that a user names on the command line, to be counted or timed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
-from harness.flops.costs import CONVOLUTIONS, Costs, measure
+from harness.flops.costs import CONVOLUTIONS, Costs, count_costs
 from harness.suite import files
 from harness.suite.config import Suite
 from harness.suite.parts import build_model
@@ -16,7 +16,11 @@ from neq import NeuronIndex
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to look at; `freezable`: bool [neurons]; `suite`: where it is a suite's."""
+    """A model to look at.
+
+    `name`: as the user gave it; `shape`: of one sample; `freezable`: bool [neurons]; `suite`: the
+    suite that it belongs to, if any.
+    """
 
     name: str
     module: nn.Module
@@ -26,28 +30,35 @@ class Subject:
     suite: Suite | None = None
 
     def draw(self, share: float, seed: int) -> Tensor:
-        """round(share · freezable) neurons, uniformly over the model: bool [neurons]."""
-        places = self.freezable.nonzero().squeeze(1)
+        """A mask of round(share · freezable) neurons, drawn uniformly over the model: bool
+        [neurons].
+        """
+        positions = self.freezable.nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(places), generator=generator)[: round(share * len(places))]
+        chosen = torch.randperm(len(positions), generator=generator)[
+            : round(share * len(positions))
+        ]
         mask = torch.zeros_like(self.freezable)
-        mask[places[chosen]] = True
+        mask[positions[chosen]] = True
         return mask
 
 
 def subject(
     suite: str | None, settings: Sequence[str], model: str | None, shape: str | None
 ) -> Subject:
-    """A suite's model, or any model by import string; raises UserError."""
+    """The model of a suite, or any model by import string with the shape "3x224x224" of a sample.
+
+    Raises UserError where neither or both are named, or where the model does not run.
+    """
     if (suite is None) == (model is None):
         raise UserError("name a suite, or a model with --model module:callable --input 3x224x224")
     if suite is not None:
         if shape is not None:
             raise UserError("--input belongs to --model; a suite's file says its own input")
-        loaded, folder = files.load(suite, settings)
+        loaded, folder = files.load_suite(suite, settings)
         parts = loaded.model
         module = build_model(parts.build, folder, parts.arguments)
-        costs = measured(module, parts.input, parts.unpublished)
+        costs = costs_of(module, parts.input, parts.unpublished)
         try:
             excluded = costs.neurons.select(parts.exclude)
         except ValueError as error:
@@ -59,18 +70,18 @@ def subject(
         raise UserError("--set belongs to a suite, not to --model")
     size = _shape(shape)
     module = build_model(model, ".", {})
-    costs = measured(module, size)
+    costs = costs_of(module, size)
     return Subject(model, module, size, costs, costs.called & ~_head(costs))
 
 
-def measured(module: nn.Module, shape: tuple[int, ...], unpublished: Sequence[str] = ()) -> Costs:
-    """`flops.measure` of what the user named; raises UserError where it does not run."""
+def costs_of(module: nn.Module, shape: tuple[int, ...], unpublished: Sequence[str] = ()) -> Costs:
+    """`count_costs` of a model that the user named; raises UserError where it does not run."""
     try:
         NeuronIndex(module).select(unpublished)
     except ValueError as error:
         raise UserError(f"model.unpublished: {error}") from None
     try:
-        costs = measure(module, shape, unpublished)
+        costs = count_costs(module, shape, unpublished)
     except Exception as error:
         raise UserError(
             f"the model does not run on an input of {'x'.join(map(str, shape))} "

@@ -1,1 +1,1 @@
-"""Reports: one table model from parquet, rendered for a terminal or as JSON."""
+"""The report: tables and figures from stored results, in six forms, and comparisons of runs."""

@@ -1,13 +1,13 @@
-"""A comparison of two runs as tables."""
+"""The comparison of two runs, printed as tables."""
 
 from collections.abc import Iterator
 
 from rich.console import Console
 
 from harness.console import say
-from harness.report.compare import Change, Compared, Comparison
+from harness.report.compare import Change, Compared, RunComparison
 from harness.report.tables import TONES, Cell, Column, Table
-from harness.report.terminal import show_table
+from harness.report.terminal import print_table
 from harness.report.words import NONE, points, spread
 
 LISTED = 30  # trials, at the most
@@ -18,12 +18,14 @@ NOTE = (
 )
 
 
-def show(found: Comparison, console: Console) -> None:
-    """Methods, then the trials that changed, then what is missing and which gates are missed."""
+def print_comparison(found: RunComparison, console: Console) -> None:
+    """Print the methods, the trials that changed, what is missing, and the gates that are
+    missed.
+    """
     say(f"A: {found.a}", console)
     say(f"B: {found.b}", console)
     for table in _tables(found):
-        show_table(table, console)
+        print_table(table, console)
     console.print()
     for note in found.notes:
         say(note, console, style="yellow")
@@ -31,7 +33,7 @@ def show(found: Comparison, console: Console) -> None:
         say(f"missed: {line}", console, style="red")
 
 
-def _tables(found: Comparison) -> Iterator[Table]:
+def _tables(found: RunComparison) -> Iterator[Table]:
     metrics = " | ".join(dict.fromkeys(found.metrics.values()))
     changed = [t for t in found.trials if [c.mark for c in _counted(t)] != ["same", "same"]]
     same = len(found.trials) - len(changed)

@@ -13,9 +13,9 @@ from harness.errors import UserError
 from harness.report.gates import MORE_IS_BETTER, PERCENT, POINTS, Gate
 from harness.report.groups import conditions
 from harness.report.intervals import Interval, difference, direction, ratio
-from harness.report.methods import by_seed, devices, shared
-from harness.report.model import GroupTable, load, plain
+from harness.report.model import GroupTable, load_report, plain
 from harness.report.notes import commits, versions
+from harness.report.per_trial import by_seed, device_shared, devices
 from harness.storage.store import Store
 
 CALLED = {"data.fingerprint": "other data:", "numerics": "other code: numerics"}
@@ -23,10 +23,11 @@ CALLED = {"data.fingerprint": "other data:", "numerics": "other code: numerics"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """How one quantity changed from A to B: `change` in points, of `seconds`, `memory` and `energy`
-    in per cent, with the 95 % interval of the mean over seeds.
+    """How one quantity changed from A to B.
 
-    `mark`: "same" (equal in every pair), "better", "worse" or "unclear".
+    `change` is in percentage points, of `seconds`, `memory` and `energy` in per cent, and has the
+    95 % interval of the mean over seeds. `mark`: "same" (equal in every pair), "better", "worse" or
+    "unclear".
     """
 
     quantity: str
@@ -41,9 +42,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One method of a suite (`seed` is None), or one of its trials. Where there are no changes,
-    `why` says why they are not comparable. `new`: only in B; `lacking`: seeds of A that are not
-    finished in B.
+    """One method of a suite in both runs (`seed` is None), or one of its trials.
+
+    `why`: why they are not comparable, where there are no changes. `new`: whether it is only in B;
+    `lacking`: seeds of A that are not finished in B.
     """
 
     suite: str
@@ -57,8 +59,12 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """`missed`: gates that were, each with where; a gate that can't be looked at is missed."""
+class RunComparison:
+    """What changed from run A to run B, by method and by trial.
+
+    `metrics`: by suite, what its metric is called; `missed`: the gates that were missed, each with
+    where; one that can't be checked is missed, too.
+    """
 
     a: str
     b: str
@@ -69,15 +75,18 @@ class Comparison:
     missed: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The documented JSON."""
+        """The documented JSON, as plain values."""
         found: dict[str, Any] = plain(asdict(self))
         return found
 
 
-def compare(a: list[Store], b: list[Store], bounds: list[Gate]) -> Comparison:
-    """All suites, methods and trials of both; raises UserError where nothing is finished."""
+def compare(a: list[Store], b: list[Store], bounds: list[Gate]) -> RunComparison:
+    """Compare the results in the stores `a` with those in `b`, under the gates `bounds`.
+
+    Raises UserError where no trial is finished in either.
+    """
     sides = [_side(found) for found in (a, b)]
-    names = [", ".join(store.place.uri for store in found) for found in (a, b)]
+    names = [", ".join(store.location.uri for store in found) for found in (a, b)]
     methods, trials = [], []
     for key in dict.fromkeys(key for side in sides for key in side.parts):
         for first, second in _pairs(*(side.parts.get(key, {}) for side in sides)):
@@ -86,7 +95,7 @@ def compare(a: list[Store], b: list[Store], bounds: list[Gate]) -> Comparison:
             trials += of_it
     if not methods:
         raise UserError(f"{' and '.join(names)}: no trial is finished in either")
-    return Comparison(
+    return RunComparison(
         a=names[0],
         b=names[1],
         metrics={suite: m for side in sides for suite, m in side.metrics.items()},
@@ -129,7 +138,7 @@ class _Side:
 
 
 def _side(found: list[Store]) -> _Side:
-    report = load(found)
+    report = load_report(found)
     parts: dict[Key, dict[tuple[str, str], _Part]] = {}
     lacking = []
     for table in report.groups:
@@ -143,7 +152,7 @@ def _side(found: list[Store]) -> _Side:
         lacking += [f"{group.suite} {group.point} {line}" for line in group.missing]
     trials = report.results.trials
     asked = set(zip(trials["suite"], trials["method"], strict=True))
-    asked |= {(p.suite, method) for p in report.results.plans for _, method, _ in p.trials}
+    asked |= {(p.suite, method) for p in report.results.requests for _, method, _ in p.trials}
     return _Side(
         parts, asked, trials, dict(zip(trials["suite"], trials["metric"], strict=True)), lacking
     )
@@ -160,7 +169,7 @@ def _part(table: GroupTable, method: str, parameters: str, rows: pd.DataFrame) -
         conditions=conditions(rows.iloc[0].to_dict()) | json.loads(parameters),
         values={name: by_seed(rows, column) for name, column in columns.items()},
         devices=devices(rows),
-        shared=shared(rows),
+        shared=device_shared(rows),
     )
 
 
@@ -200,7 +209,7 @@ def _compared(
     if why:
         return Compared(**of, why=why), []
     before, after = set(first.values["metric"]), set(second.values["metric"])
-    quantities = [*POINTS, *_measured(first, second)]
+    quantities = [*POINTS, *_measurements(first, second)]
     found = [_change(first.values[q], second.values[q], q) for q in quantities]
     changes = [change for change in found if change is not None]
     return Compared(**of, lacking=sorted(before - after), changes=changes), [
@@ -226,11 +235,11 @@ def _unlike(a: _Part, b: _Part) -> str:
     mine, other = a.conditions, b.conditions
     paths = [p for p in dict.fromkeys([*mine, *other]) if mine.get(p) != other.get(p)]
     paths.sort(key=lambda path: path not in CALLED)
-    said = [f"{CALLED.get(p, p)} {mine.get(p)} | {other.get(p)}" for p in paths]
-    return ", ".join(said) or "other code of the suite, or other starting weights"
+    differing = [f"{CALLED.get(p, p)} {mine.get(p)} | {other.get(p)}" for p in paths]
+    return ", ".join(differing) or "other code of the suite, or other starting weights"
 
 
-def _measured(a: _Part, b: _Part) -> list[str]:
+def _measurements(a: _Part, b: _Part) -> list[str]:
     """What may be compared of clocks and counters: nothing where devices differ, and no seconds
     where trials shared one.
     """

@@ -1,5 +1,7 @@
-"""Curves of a sweep: methods of a group that differ in a number, or groups that differ in one
-condition.
+"""The curves of sweeps.
+
+A curve goes through methods of a group that differ in a number, or through groups that differ in
+one condition.
 """
 
 from collections.abc import Iterator
@@ -7,14 +9,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from harness.report.methods import MethodRow
+from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable
-from harness.suite.sweep import Point, named
+from harness.suite.sweep import Point, point_label
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """One method at one value; `x` is the value, or its place among values that are no numbers."""
+class CurvePoint:
+    """One method at one value; `x`: the value, or its position among values that are no numbers."""
 
     x: float
     row: MethodRow
@@ -25,10 +27,11 @@ Sweep = list[tuple[Point, GroupTable]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A line for each method, of one `family` or of all. `group`: in whose section it stands;
-    `first`: the first group that it shows; `ticks`: the values that are no numbers; `baseline`: the
-    metric of the one that all share; `scale`: of the axis, linear below `threshold` where it is
-    "symlog".
+    """What a figure of a sweep shows: a line for each method, of one `family` or of all.
+
+    `group`: the section in which it stands; `first`: the first group that it shows; `ticks`: the
+    values that are no numbers; `baseline`: the metric of the baseline that all share; `scale`: of
+    the axis, linear below `threshold` where it is "symlog".
     """
 
     suite: str
@@ -37,7 +40,7 @@ class Curve:
     family: str
     metric: str
     parameter: str
-    lines: dict[str, list[Mark]]
+    lines: dict[str, list[CurvePoint]]
     ticks: list[str] | None = None
     baseline: float | None = None
     scale: str = "linear"
@@ -45,7 +48,7 @@ class Curve:
 
 
 def curves(tables: list[GroupTable]) -> Iterator[Curve]:
-    """All that a reader can see from these groups."""
+    """All curves that there are in these groups."""
     for table in tables:
         yield from _within(table)
     for _, groups in groupby(tables, key=lambda table: table.suite):
@@ -76,9 +79,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _lines(family: str, rows: list[MethodRow], parameter: str) -> dict[str, list[Mark]]:
+def _lines(family: str, rows: list[MethodRow], parameter: str) -> dict[str, list[CurvePoint]]:
     """One for each choice of the other parameters."""
-    lines: dict[str, list[Mark]] = {}
+    lines: dict[str, list[CurvePoint]] = {}
     others = [
         key
         for key in rows[0].parameters
@@ -86,12 +89,12 @@ def _lines(family: str, rows: list[MethodRow], parameter: str) -> dict[str, list
     ]
     for row in sorted(rows, key=lambda row: float(row.parameters[parameter])):
         label = " ".join([family, *(f"{key}={row.parameters[key]}" for key in others)])
-        lines.setdefault(label, []).append(Mark(float(row.parameters[parameter]), row))
+        lines.setdefault(label, []).append(CurvePoint(float(row.parameters[parameter]), row))
     return lines
 
 
 def sweeps(tables: list[GroupTable]) -> Iterator[Sweep]:
-    """The groups of one suite that differ in the axes of a sweep, and in nothing else."""
+    """For each sweep the groups of one suite that differ in its axes, and in nothing else."""
     alike: dict[tuple[Any, ...], Sweep] = {}
     for table in tables:
         for point in table.axes if any(row.n for row in table.methods) else []:
@@ -100,7 +103,7 @@ def sweeps(tables: list[GroupTable]) -> Iterator[Sweep]:
 
 
 def _rest(table: GroupTable, point: Point) -> tuple[Any, ...]:
-    """The point's axes, and the conditions beside them that set the group apart."""
+    """The axes of the point, and the conditions beside them that set the group apart."""
     data = ("data", "data.fingerprint") if any(path.startswith("data.") for path in point) else ()
     beside = {
         path: str(value)
@@ -111,7 +114,7 @@ def _rest(table: GroupTable, point: Point) -> tuple[Any, ...]:
 
 
 def sweep_of(sweep: Sweep) -> str:
-    """What stands in a group's place for all points of a sweep."""
+    """The name of the section for all points of a sweep, unlike that of any group."""
     point, table = sweep[0]
     return "-".join([table.suite, table.group[:6], *point])
 
@@ -121,13 +124,13 @@ def _across(sweep: Sweep) -> Iterator[Curve]:
     for axis in sweep[0][0]:
         values = list(dict.fromkeys(point[axis] for point, _ in sweep))
         numeric = all(map(_is_number, values))
-        places = {value: value if numeric else place for place, value in enumerate(values)}
-        lines: dict[str, list[Mark]] = {}
-        for point, table in sorted(sweep, key=lambda pair: float(places[pair[0][axis]])):
+        positions = {value: value if numeric else position for position, value in enumerate(values)}
+        lines: dict[str, list[CurvePoint]] = {}
+        for point, table in sorted(sweep, key=lambda pair: float(positions[pair[0][axis]])):
             others = {path: value for path, value in point.items() if path != axis}
             for row in filter(lambda row: row.n, table.methods):
-                label = " ".join(filter(None, [row.label, named(others)]))
-                lines.setdefault(label, []).append(Mark(float(places[point[axis]]), row))
+                label = " ".join(filter(None, [row.label, point_label(others)]))
+                lines.setdefault(label, []).append(CurvePoint(float(positions[point[axis]]), row))
         if len(values) > 1:
             ticks = None if numeric else [str(value).replace(" ", "\n") for value in values]
             yield _curve(sweep[0][1], sweep_of(sweep), axis, lines, ticks)
@@ -137,7 +140,7 @@ def _curve(
     table: GroupTable,
     group: str,
     parameter: str,
-    lines: dict[str, list[Mark]],
+    lines: dict[str, list[CurvePoint]],
     ticks: list[str] | None = None,
     family: str = "",
 ) -> Curve:
@@ -155,7 +158,7 @@ def _curve(
         parameter=parameter,
         lines=lines,
         ticks=ticks,
-        baseline=plain.metric_mean if family and plain is not None else None,
+        baseline=plain.quality.metric_mean if family and plain is not None else None,
         scale=scale,
         threshold=min(positive, default=1.0),
     )

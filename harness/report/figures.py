@@ -1,4 +1,4 @@
-"""The report's figures."""
+"""The report's figures: courses over epochs, what is kept against what is saved, sweeps."""
 
 import math
 import re
@@ -11,23 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from harness.report.curves import Curve, Mark, curves
+from harness.report.curves import Curve, CurvePoint, curves
 from harness.report.layers import layer_pictures
-from harness.report.methods import MethodRow
+from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable, Report
-from harness.report.phases import labelled
-from harness.report.style import BASELINE, WIDTH, Look, Of, Picture, legend, looks, style
+from harness.report.phases import with_labels
+from harness.report.style import BASELINE, WIDTH, GroupLabel, Look, Picture, legend, looks, style
 from harness.report.words import flops_unit
 
 DRAWN, DETAILED = 12, 4  # groups with figures, and with those of single layers: more take long
 
 
 def pictures(report: Report) -> Iterator[Picture]:
-    """The figures of the first groups, then those of all sweeps."""
+    """The figures of the first groups of a report, then those of all sweeps."""
     with mpl.rc_context(style()):
         shown = [table for table in report.groups if _shown(table)]
-        for place, table in enumerate(shown[:DRAWN]):
-            yield from _of_group(table, report, detailed=place < DETAILED)
+        for position, table in enumerate(shown[:DRAWN]):
+            yield from _of_group(table, report, detailed=position < DETAILED)
         for curve in curves(report.groups):
             yield _sweep(curve)
 
@@ -35,10 +35,10 @@ def pictures(report: Report) -> Iterator[Picture]:
 def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[Picture]:
     epochs = report.results.epochs
     rows, done = epochs[epochs["group"] == table.group], report.done[table.group]
-    of = Of(table.group, _name(table), " ".join(filter(None, [table.suite, table.point])))
+    of = GroupLabel(table.group, _name(table), " ".join(filter(None, [table.suite, table.point])))
     yield _courses(table, done, rows, of)
     yield _tradeoff(table, of)
-    if any(row.seconds_train is not None for row in _shown(table)):
+    if any(row.measured.seconds_train is not None for row in _shown(table)):
         yield _times(table, done, of)
     labels = [row.label for row in _shown(table)]
     if detailed:
@@ -67,10 +67,12 @@ def _from_zero(axis: Axes, values: Iterable[float]) -> None:
     axis.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=1.0) or 1)
 
 
-def _courses(table: GroupTable, done: pd.DataFrame, epochs: pd.DataFrame, of: Of) -> Picture:
+def _courses(
+    table: GroupTable, done: pd.DataFrame, epochs: pd.DataFrame, of: GroupLabel
+) -> Picture:
     """Neurons updated, FLOPs, metric and learning rate, epoch by epoch."""
     unit, scale = flops_unit(table.dense)
-    joined = labelled(done, epochs)
+    joined = with_labels(done, epochs)
     joined = joined.assign(
         updated=1 - joined["frozen"],
         flops=joined["backward_flops_executed"] / joined["samples"] / scale,
@@ -132,18 +134,23 @@ def _look_closer(axis: Axes, joined: pd.DataFrame) -> None:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def _tradeoff(table: GroupTable, of: Of) -> Picture:
+def _tradeoff(table: GroupTable, of: GroupLabel) -> Picture:
     """What is kept against what is saved."""
     figure = Figure(figsize=(WIDTH, 3.8))
     axis: Axes = figure.subplots()
     look = _looks(table.methods)
     for row in _shown(table):
-        low = row.metric_mean if row.metric_low is None else row.metric_low
-        high = row.metric_mean if row.metric_high is None else row.metric_high
+        low = row.quality.metric_mean if row.quality.metric_low is None else row.quality.metric_low
+        high = (
+            row.quality.metric_mean if row.quality.metric_high is None else row.quality.metric_high
+        )
         axis.errorbar(
-            100 * row.saved,
-            100 * row.metric_mean,
-            yerr=[[100 * (row.metric_mean - low)], [100 * (high - row.metric_mean)]],
+            100 * row.savings.saved,
+            100 * row.quality.metric_mean,
+            yerr=[
+                [100 * (row.quality.metric_mean - low)],
+                [100 * (high - row.quality.metric_mean)],
+            ],
             fmt=look[row.label].marker,
             color=look[row.label].colour,
             capsize=3,
@@ -152,7 +159,7 @@ def _tradeoff(table: GroupTable, of: Of) -> Picture:
     plain = next((row for row in _shown(table) if row.plain), None)
     margin = ""
     if plain is not None:
-        level = 100 * plain.metric_mean
+        level = 100 * plain.quality.metric_mean
         axis.axhline(level, color=BASELINE, linewidth=0.8)
         axis.axhline(level - table.margin, color=BASELINE, linewidth=0.8, linestyle=":")
         margin = f"; dotted: the baseline's less the margin of {table.margin:g} points"
@@ -163,7 +170,7 @@ def _tradeoff(table: GroupTable, of: Of) -> Picture:
     return of.picture("tradeoff", caption, figure)
 
 
-def _times(table: GroupTable, done: pd.DataFrame, of: Of) -> Picture:
+def _times(table: GroupTable, done: pd.DataFrame, of: GroupLabel) -> Picture:
     """What the clock says of what the count says."""
     figure = Figure(figsize=(WIDTH, 3.4))
     axis: Axes = figure.subplots()
@@ -178,7 +185,7 @@ def _times(table: GroupTable, done: pd.DataFrame, of: Of) -> Picture:
             label=row.label,
             alpha=0.8,
         )
-    left = [100 * (1 - row.saved) for row in _shown(table)]
+    left = [100 * (1 - row.savings.saved) for row in _shown(table)]
     axis.set_xlim(0, 1.05 * max([100.0, *filter(math.isfinite, left)]))
     _from_zero(axis, done["seconds"])
     axis.set_xlabel("backward FLOPs executed, deciding counted in, % of dense")
@@ -194,15 +201,15 @@ def _sweep(curve: Curve) -> Picture:
     figure = Figure(figsize=(WIDTH, 4.8))
     above, below = figure.subplots(2, 1, sharex=True)
     look = looks(list(curve.lines), {n for n, points in curve.lines.items() if points[0].row.plain})
-    for place, (label, points) in enumerate(curve.lines.items()):
-        _line(above, below, points, label, look[label], curve, place)
+    for position, (label, points) in enumerate(curve.lines.items()):
+        _line(above, below, points, label, look[label], curve, position)
     if curve.baseline is not None:
         above.axhline(100 * curve.baseline, color=BASELINE, linestyle="--", label="baseline")
     above.set_ylabel(f"{curve.metric}, %")
     below.set_ylabel("backward FLOPs left, %")
     below.set_xlabel(curve.parameter)
     rows = [point.row for points in curve.lines.values() for point in points]
-    _from_zero(below, [100 * (1 - row.saved) for row in rows])
+    _from_zero(below, [100 * (1 - row.savings.saved) for row in rows])
     if curve.ticks is not None:
         below.set_xticks(range(len(curve.ticks)), curve.ticks)
     elif curve.scale == "symlog":
@@ -224,19 +231,25 @@ def _sweep(curve: Curve) -> Picture:
 
 
 def _line(
-    above: Axes, below: Axes, points: list[Mark], label: str, look: Look, curve: Curve, place: int
+    above: Axes,
+    below: Axes,
+    points: list[CurvePoint],
+    label: str,
+    look: Look,
+    curve: Curve,
+    position: int,
 ) -> None:
     """One method's; of values that are no numbers, marks beside each other."""
     words = curve.ticks is not None
-    at = [point.x + 0.06 * place * words for point in points]
+    at = [point.x + 0.06 * position * words for point in points]
     style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
     style["linestyle"] = "" if words else look.line
     rows = [point.row for point in points]
-    above.plot(at, [100 * row.metric_mean for row in rows], label=label, **style)
+    above.plot(at, [100 * row.quality.metric_mean for row in rows], label=label, **style)
     for x, row in zip(at, rows, strict=True):
-        if row.metric_low is not None and row.metric_high is not None:
-            ends = [100 * row.metric_low, 100 * row.metric_high]
+        if row.quality.metric_low is not None and row.quality.metric_high is not None:
+            ends = [100 * row.quality.metric_low, 100 * row.quality.metric_high]
             above.plot([x, x], ends, color=look.colour, linewidth=1)
-    below.plot(at, [100 * (1 - row.saved) for row in rows], label=label, **style)
-    paper = [100 * row.paper_share for row in rows]
+    below.plot(at, [100 * (1 - row.savings.saved) for row in rows], label=label, **style)
+    paper = [100 * row.savings.paper_share for row in rows]
     below.plot(at, paper, "_" if words else ":", color=look.colour)

@@ -4,16 +4,15 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from harness.console import write
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 from harness.report import terminal
-from harness.report.methods import MethodRow
+from harness.report.method_row import json_keys
 from harness.report.model import GroupTable, Report, plain
 from harness.report.sections import sections
 from harness.report.tables import Column, Section, Table
@@ -46,8 +45,10 @@ TEX = {
 
 
 def render(report: Report, form: str, console: Console, folder: str | None = None) -> list[Path]:
-    """Print it: `form` is rich, html, md, latex, csv or json. Returns the paths of the figures that
-    it writes to `folder`, as PNG; raises UserError where that can't be done.
+    """Print the report; `form`: "rich", "html", "md", "latex", "csv" or "json".
+
+    Returns the paths of the figures that it writes to `folder`, as PNG (default: none). Raises
+    UserError where they can't be written.
     """
     drawn = []
     if form == "html" or folder is not None:
@@ -55,7 +56,7 @@ def render(report: Report, form: str, console: Console, folder: str | None = Non
 
         drawn = list(pictures(report))
     if form == "rich":
-        terminal.show(sections(report), console)
+        terminal.print_report(sections(report), console)
     elif form == "html":
         from harness.report.page import page
 
@@ -74,15 +75,15 @@ def _written(drawn: list["Picture"], folder: str) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(picture.png())
         except OSError as error:
-            raise UserError(f"--figures {folder}: can't be written: {line(error)}") from None
+            raise UserError(f"--figures {folder}: can't be written: {one_line(error)}") from None
         yield path
 
 
 def to_csv(report: Report) -> str:
-    """A line per group and method, keys and units those of the JSON."""
-    rows = [_flat(table, asdict(row)) for table in report.groups for row in table.methods]
+    """The report as CSV: a line for each group and method, keys and units as in the JSON."""
+    rows = [_flat(table, row.to_json()) for table in report.groups for row in table.methods]
     text = io.StringIO()
-    heads = [*GROUP, *(f.name for f in fields(MethodRow) if f.name != "parameters")]
+    heads = [*GROUP, *(key for key in json_keys() if key != "parameters")]
     names = list(dict.fromkeys([*heads, *(name for row in rows for name in row)]))
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
@@ -99,7 +100,7 @@ def _flat(table: GroupTable, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_markdown(report: Report) -> str:
-    """Headings and pipe tables, as GitHub shows them."""
+    """The report as Markdown: headings and pipe tables, as GitHub shows them."""
     return "\n".join(text for section in sections(report) for text in _markdown(section))
 
 
@@ -131,7 +132,7 @@ def _title(column: Column) -> str:
 
 
 def to_latex(report: Report) -> str:
-    """Floats with booktabs' rules, to be included in a paper."""
+    """The report as LaTeX: floats with booktabs' rules, to be included in a paper."""
     head = "% needs \\usepackage{booktabs,graphicx}"
     return "\n\n".join([head, *(part for s in sections(report) for part in _latex(s))])
 

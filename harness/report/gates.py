@@ -1,4 +1,4 @@
-"""Bounds on what may change from one run to another."""
+"""Gates: bounds on what may change from one run to another."""
 
 import operator
 import re
@@ -16,7 +16,10 @@ MORE_IS_BETTER = dict.fromkeys(POINTS, True) | dict.fromkeys(PERCENT, False)
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A bound on a change of a method's mean: beyond it, the comparison fails."""
+    """A bound on the change of a method's mean, beyond which a comparison fails.
+
+    `text`: as the user wrote it; `bound`: in percentage points, or per cent of a ratio.
+    """
 
     text: str
     quantity: str
@@ -24,13 +27,13 @@ class Gate:
     bound: float
 
     def missed(self, change: float) -> bool:
-        """Whether the change, in points or per cent, is beyond the bound."""
+        """Whether a change, in points or per cent, is beyond the bound."""
         beyond: Callable[[float, float], bool] = {"<": operator.lt, ">": operator.gt}[self.sign]
         return beyond(change, self.bound)
 
 
 def gates(texts: Iterable[str]) -> list[Gate]:
-    """Of `--fail-on`; raises UserError for what is none."""
+    """The gates that `--fail-on` names ("metric<-0.5pp"); raises UserError for anything else."""
     return [_gate(text) for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""What belongs to a group, what is missing there, and what sets it apart from others."""
+"""The trials of a group: which count, which are missing; and what sets it apart from others."""
 
 import json
 from collections import Counter
@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.storage.requests import Plan
+from harness.storage.requests import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class States:
-    """`done`: the trials that count; what the others are, in words; `failures`: of each method, by
-    its name and parameters.
+class GroupTrials:
+    """The trials of a group, sorted.
+
+    `done`: those that count; `missing`, `unfinished`, `failed`: a line for each of the others;
+    `failures`: how many failed, by name and parameters (JSON) of the method.
     """
 
     done: pd.DataFrame
@@ -24,8 +26,10 @@ class States:
     failures: Counter[tuple[str, str]]
 
 
-def states(trials: pd.DataFrame, epochs: pd.DataFrame, plans: list[Plan]) -> States:
-    """Of a group's trials, its epochs, and what was asked for."""
+def group_trials(
+    trials: pd.DataFrame, epochs: pd.DataFrame, requests: list[Request]
+) -> GroupTrials:
+    """Sort the trials of a group, by their rows, their epochs, and what runs were asked for."""
     whole = _whole(trials, epochs)
     last = epochs.loc[epochs.groupby("trial", observed=True)["epoch"].idxmax()]
     finite = set(last.loc[np.isfinite(last["test_metric"]), "trial"])
@@ -35,9 +39,9 @@ def states(trials: pd.DataFrame, epochs: pd.DataFrame, plans: list[Plan]) -> Sta
     known = failed["reason"].fillna("no reason is known")
     reasons = np.where(undefined[failed.index], "its metric is no finite number", known)
     names = list(zip(failed["method"], failed["parameters"], strict=True))
-    return States(
+    return GroupTrials(
         done=trials[done & whole & ~undefined],
-        missing=missing(set(trials["trial"]), plans),
+        missing=missing(set(trials["trial"]), requests),
         unfinished=[
             f"{t.method} seed {t.seed}: {t.epochs_done} of {t.epochs} epochs"
             for t in trials[trials["state"] == "running"].itertuples()
@@ -63,18 +67,20 @@ def _whole(trials: pd.DataFrame, epochs: pd.DataFrame) -> "pd.Series[bool]":
     return pd.Series([found.get(t) == list(range(n)) for t, n in wanted], index=trials.index)
 
 
-def missing(known: set[str], plans: list[Plan]) -> list[str]:
-    """What was asked for and is not known, a line for each method."""
+def missing(known: set[str], requests: list[Request]) -> list[str]:
+    """A line for each method with the seeds that were asked for and are not among `known`
+    trials.
+    """
     wanted: dict[str, set[int]] = {}
-    for plan in plans:
-        for key, method, seed in plan.trials:
+    for request in requests:
+        for key, method, seed in request.trials:
             if key not in known:
                 wanted.setdefault(method, set()).add(seed)
-    return [f"{method}: {seeds(numbers)}" for method, numbers in wanted.items()]
+    return [f"{method}: {seeds_text(numbers)}" for method, numbers in wanted.items()]
 
 
-def seeds(numbers: set[int] | list[int]) -> str:
-    """ "seed 3", "seeds 0-4, 7"."""
+def seeds_text(numbers: set[int] | list[int]) -> str:
+    """Seeds as a reader wants them: "seed 3", "seeds 0-4, 7"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -86,7 +92,7 @@ def seeds(numbers: set[int] | list[int]) -> str:
 
 
 def apart(trials: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """For each group, in what its experiment differs from the other groups of its suite."""
+    """For each group the conditions, by path, in which it differs from others of its suite."""
     found: dict[str, dict[str, Any]] = {}
     for _, rows in trials.groupby("suite"):
         firsts = rows.drop_duplicates("group")
@@ -105,7 +111,9 @@ def _own(mine: dict[str, Any], facts: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def conditions(trial: dict[Any, Any]) -> dict[str, Any]:
-    """A trial's experiment by path ("recipe.epochs"), and "data", the name of the data."""
+    """The conditions of a trial, a row of `trials`: its experiment by path ("recipe.epochs"), the
+    name of its data under "data", their fingerprint under "data.fingerprint".
+    """
     return _flat(json.loads(trial["experiment"])) | {
         "data": trial["data"],
         "data.fingerprint": trial["data_fingerprint"],

@@ -21,10 +21,10 @@ RUNS = 4  # behind a published mean that does not say
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95 % interval; `low` and `high` are None for a single value.
+    """A mean with its 95 % interval from `low` to `high`, which are None for a single value.
 
-    `std`: of the values (ddof 1), for a difference of its pairs; `n`: values, pairs, or the smaller
-    of two samples; `paired`: by seed.
+    `std`: standard deviation of the values (ddof 1), of a difference that of its pairs; `n`: number
+    of values, of pairs, or of the smaller of two samples; `paired`: whether by seed.
     """
 
     mean: float
@@ -36,7 +36,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of a mean; not a number where there are no values."""
+    """The interval of the mean of `values`; its mean is NaN where there are none."""
     if not values:
         return Interval(math.nan, None, None, None, 0)
     mean, n = fmean(values), len(values)
@@ -47,8 +47,10 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
-    """Of `values` minus `others`, both by seed: paired where most seeds of the smaller side match,
-    or where there are too few for anything else; else Welch's. None where one is empty.
+    """The interval of the mean of `values` minus that of `others`, both by seed.
+
+    It is paired where most seeds of the smaller side match, or where there are too few for anything
+    else, and Welch's otherwise. None where one side is empty.
     """
     common, counts = values.keys() & others.keys(), (len(values), len(others))
     few = min(counts) < FEWEST and len(common) == min(counts)
@@ -61,7 +63,10 @@ def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Inte
 
 
 def ratio(values: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
-    """Of positive quantities: as `difference`, of their logarithms; geometric means."""
+    """The interval of the ratio of geometric means: `difference`, of logarithms.
+
+    None where one side is empty, or a value is not positive.
+    """
     if any(value <= 0 for value in [*values.values(), *others.values()]):
         return None
     logs = [{seed: math.log(v) for seed, v in side.items()} for side in (values, others)]
@@ -75,8 +80,10 @@ def ratio(values: Mapping[int, float], others: Mapping[int, float]) -> Interval 
 def from_summary(
     values: Sequence[float], mean: float, std: float | None, n: int | None, error: float
 ) -> Interval:
-    """Of `values` minus a published mean, by Welch; wider by `error`, of reading it. A spread that
-    was not published is taken to be that of `values`, a number of runs to be four.
+    """The interval of the mean of `values` minus a published `mean`, by Welch.
+
+    `std` and `n` are published, too: a spread that was not is taken to be that of `values`, a
+    number of runs to be four. `error`: of reading the mean off, by which the interval is wider.
     """
     mine = interval(values)
     if mine.std is None:
@@ -89,9 +96,9 @@ def from_summary(
 
 
 def verdict(found: Interval | None, margin: float) -> str | None:
-    """Non-inferiority of a method whose difference from the baseline was `found`: "keeps" where
-    its lower bound is above −margin, "loses" where its upper bound is below, else "undecided".
+    """Whether a method whose difference from the baseline is `found` is non-inferior.
 
+    "keeps" where the interval lies above −margin, "loses" where it lies below, else "undecided";
     None below three seeds. `margin` is in units of the difference.
     """
     if found is None or found.low is None or found.high is None or found.n < FEWEST:
@@ -102,10 +109,10 @@ def verdict(found: Interval | None, margin: float) -> str | None:
 
 
 def more_seeds(found: Interval | None, margin: float) -> int | None:
-    """How many more seeds an undecided verdict needs, should mean and spread stay: the fewest with
-    which the interval is expected to leave out −margin with a power of 80 %.
+    """How many more seeds an undecided verdict needs, should mean and spread stay.
 
-    None where the verdict is decided, or more than a thousand would be needed.
+    They are the fewest with which the interval leaves out −margin with a power of 80 %. None where
+    the verdict is decided, or more than a thousand would be needed.
     """
     if verdict(found, margin) not in (None, "undecided") or found is None or not found.std:
         return None
@@ -117,8 +124,9 @@ def more_seeds(found: Interval | None, margin: float) -> int | None:
 
 
 def direction(found: Interval | None, neutral: float) -> str | None:
-    """ "above", "below" or "unclear": whether the interval leaves out the neutral value; None below
-    three seeds.
+    """Where the interval lies: "above" or "below" the neutral value, "unclear" where it holds it.
+
+    None below three seeds.
     """
     if found is None or found.low is None or found.high is None or found.n < FEWEST:
         return None

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
-from harness.report.style import COLOURS, WIDTH, Of, Picture
+from harness.report.style import COLOURS, WIDTH, GroupLabel, Picture
 from harness.storage.frames import Results
 from harness.storage.schema import QUANTILES
 
@@ -25,9 +25,12 @@ Array = NDArray[np.float64]
 
 
 def layer_pictures(
-    done: pd.DataFrame, labels: list[str], results: Results, of: Of
+    done: pd.DataFrame, labels: list[str], results: Results, of: GroupLabel
 ) -> Iterator[Picture]:
-    """Of the methods that decide by equilibrium, each by its first seed."""
+    """The figures of layers for the methods that decide by equilibrium, each by its first seed.
+
+    `done`: finished trials of a group; `labels`: of its methods, in their order.
+    """
     firsts = done[done["kind"] == "neq"].drop_duplicates("label").set_index("label")
     deciding = [label for label in labels if label in firsts.index]
     if not deciding:
@@ -47,7 +50,7 @@ def layer_pictures(
         yield _distributions(parts[label], label, of)
 
 
-def _frozen(parts: dict[str, pd.DataFrame], of: Of, count: int) -> Picture:
+def _frozen(parts: dict[str, pd.DataFrame], of: GroupLabel, count: int) -> Picture:
     figure = Figure(figsize=(WIDTH, 1.0 + 2.6 * len(parts)))
     axes = np.atleast_1d(figure.subplots(len(parts), 1))
     for axis, (label, rows) in zip(axes, parts.items(), strict=True):
@@ -79,7 +82,7 @@ def _name_layers(axis: Any, names: list[str], epochs: "pd.Index[Any]") -> None:
     axis.grid(visible=False)
 
 
-def _distributions(rows: pd.DataFrame, label: str, of: Of) -> Picture:
+def _distributions(rows: pd.DataFrame, label: str, of: GroupLabel) -> Picture:
     figure = Figure(figsize=(WIDTH, 8.6))
     axes = figure.subplots(3, 2, width_ratios=[1.1, 1])
     for (overall, by_layer), (column, sign) in zip(axes, READINGS.items(), strict=True):
@@ -101,8 +104,8 @@ def _fan(axis: Any, rows: pd.DataFrame, quantiles: Array, column: str, sign: str
     spread = np.array([_mixed(rows, quantiles, epoch, at) for epoch in epochs])
     if column == "phi":
         spread = np.maximum(1 - spread, TINY)
-    for place, (_, _, alpha) in enumerate(BANDS):
-        low, high = spread[:, place], spread[:, -1 - place]
+    for position, (_, _, alpha) in enumerate(BANDS):
+        low, high = spread[:, position], spread[:, -1 - position]
         axis.fill_between(epochs, low, high, color=COLOURS[0], alpha=alpha, linewidth=0)
     marker = "o" if len(epochs) == 1 else None
     axis.plot(epochs, spread[:, len(BANDS)], color=COLOURS[0], marker=marker)

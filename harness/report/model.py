@@ -1,4 +1,4 @@
-"""The report's figures, computed once from the stored rows; every form shows these."""
+"""The report's numbers, computed once from the stored rows; every form shows these."""
 
 import json
 import math
@@ -10,29 +10,25 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.report import groups, notes
-from harness.report.methods import MethodRow, devices, labels, method_rows, per_trial, shared
+from harness.report.method_row import MethodRow
+from harness.report.methods import labels, method_rows
+from harness.report.per_trial import Labels, device_shared, devices, per_trial
 from harness.report.phases import Phase, phases
-from harness.report.published import Comparison, against_published
-from harness.storage.frames import Results, read
-from harness.storage.requests import Plan
-from harness.storage.schema import REWRITTEN, SCHEMAS
+from harness.report.published import PaperComparison, against_published
+from harness.storage.frames import Results, read_results
+from harness.storage.requests import Request
+from harness.storage.schema import REWRITTEN, reported
 from harness.storage.store import Store
 from harness.suite.config import MARGIN
 from harness.suite.method_specs import KINDS
-from harness.suite.sweep import named
+from harness.suite.sweep import point_label
 
 TEXTS = ("group", "suite", "method", "metric", "title", "data", "versions")
-
-_LEFT_OUT = {"traceback", "driver"}
-TRIALS = [name for name in SCHEMAS["trials"].names if name not in _LEFT_OUT]
-_UNUSED = {"suite", "method", "seed", "train_loss", "val_loss", "test_loss", "forward_flops"}
-_UNUSED |= {"seconds_test", "seconds_checkpoint"}
-EPOCHS = [name for name in SCHEMAS["epochs"].names if name not in _UNUSED]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupTable:
-    """All that may be compared: trials that share recipe, model, data and code numerics.
+    """One group: the trials that share recipe, model, data and numerics, and may be compared.
 
     `point`: of a sweep, which experiment; `axes`: of each sweep that it is in, what was chosen by
     path; `apart`: in what the experiment differs from the suite's other groups here. `synthetic`:
@@ -62,17 +58,21 @@ class GroupTable:
     paper_dense: float
     methods: list[MethodRow]
     phases: list[Phase]
-    published: list[Comparison]
+    published: list[PaperComparison]
     missing: list[str]
     unfinished: list[str]
     failed: list[str]
     commits: list[str]
     notes: list[str]
 
+    def to_json(self) -> dict[str, Any]:
+        """The documented keys of a group."""
+        return asdict(self) | {"methods": [row.to_json() for row in self.methods]}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotBegun:
-    """A group of which nothing has been begun."""
+    """A group that runs were asked for, and of which nothing has been begun."""
 
     suite: str
     group: str
@@ -82,9 +82,10 @@ class NotBegun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The tables of all groups, and the rows that they were made of; `not_begun`: groups that were
-    asked for and have none; `done`: by group, a row for each trial that counts
-    (`methods.per_trial`).
+    """The tables of all groups, and the rows that they were made of.
+
+    `not_begun`: groups that were asked for and have no trial; `done`: by group, a row for each
+    trial that counts (`per_trial`).
     """
 
     groups: list[GroupTable]
@@ -95,18 +96,19 @@ class Report:
     def to_json(self) -> str:
         """The documented JSON: {"groups": [GroupTable, …], "not_begun": [NotBegun, …]}."""
         value = {
-            "groups": [plain(asdict(table)) for table in self.groups],
+            "groups": [plain(table.to_json()) for table in self.groups],
             "not_begun": [asdict(group) for group in self.not_begun],
         }
         return json.dumps(value, indent=2)
 
 
-def load(found: Iterable[Store], only: set[str] | None = None) -> Report:
-    """The report of these results, or of `only` some groups; raises UserError where nothing is
-    stored, or what is stored makes no sense.
+def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
+    """The report of the results in these stores, or of `only` some groups.
+
+    Raises UserError where nothing is stored, and for rows that make no sense.
     """
     found = list(found)
-    results = checked(read(found, TRIALS, EPOCHS), found)
+    results = checked(read_results(found, reported("trials"), reported("epochs")), found)
     trials = results.trials
     chosen = trials if only is None else trials[trials["group"].isin(only)]
     apart = groups.apart(chosen)
@@ -118,12 +120,14 @@ def load(found: Iterable[Store], only: set[str] | None = None) -> Report:
     for name, rows in chosen.groupby("group", sort=False):
         group = str(name)
         mine = epochs.get(group, none)
-        plans = [plan for plan in results.plans if plan.group == group]
-        state = groups.states(rows, mine, plans)
+        requests = [request for request in results.requests if request.group == group]
+        state = groups.group_trials(rows, mine, requests)
         pairs = zip(state.done["method"], state.done["parameters"], strict=True)
         called = labels([*pairs, *state.failures])
         done[group] = per_trial(state.done, mine, called)
-        tables.append(_group(rows, state, done[group], mine, plans, called, apart, results.twice))
+        tables.append(
+            _group(rows, state, done[group], mine, requests, called, apart, results.twice)
+        )
     tables.sort(key=lambda table: table.suite)
     not_begun = [] if only is not None else _not_begun(results)
     return Report(groups=tables, not_begun=not_begun, done=done, results=results)
@@ -131,23 +135,23 @@ def load(found: Iterable[Store], only: set[str] | None = None) -> Report:
 
 def _not_begun(results: Results) -> list[NotBegun]:
     begun = set(results.trials["group"])
-    waiting: dict[str, list[Plan]] = {}
-    for plan in results.plans:
-        if plan.group not in begun:
-            waiting.setdefault(plan.group, []).append(plan)
+    waiting: dict[str, list[Request]] = {}
+    for request in results.requests:
+        if request.group not in begun:
+            waiting.setdefault(request.group, []).append(request)
     return [
         NotBegun(
-            suite=plans[-1].suite,
+            suite=requests[-1].suite,
             group=group,
-            point=named(plans[-1].point),
-            missing=groups.missing(set(), plans),
+            point=point_label(requests[-1].point),
+            missing=groups.missing(set(), requests),
         )
-        for group, plans in waiting.items()
+        for group, requests in waiting.items()
     ]
 
 
 def plain(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """The value for JSON, which knows no NaN: None in its place."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -156,9 +160,11 @@ def plain(value: Any) -> Any:
 
 
 def checked(results: Results, found: Iterable[Store]) -> Results:
-    """Raises UserError where there is nothing, and for a row that no neqbench wrote."""
+    """The results themselves; raises UserError where there are none, and for a row that no neqbench
+    wrote.
+    """
     if results.trials.empty:
-        where = ", ".join(store.place.uri for store in found)
+        where = ", ".join(store.location.uri for store in found)
         raise UserError(f"{where}: no trial has been started yet")
     for row in results.trials.to_dict("records"):
         try:
@@ -179,23 +185,23 @@ def checked(results: Results, found: Iterable[Store]) -> Results:
 
 def _group(
     trials: pd.DataFrame,
-    state: groups.States,
+    state: groups.GroupTrials,
     done: pd.DataFrame,
     epochs: pd.DataFrame,
-    plans: list[Plan],
-    called: dict[tuple[str, str], str],
+    requests: list[Request],
+    called: Labels,
     apart: dict[str, dict[str, Any]],
     twice: dict[str, list[str]],
 ) -> GroupTable:
     first, group = trials.iloc[0], str(trials["group"].iloc[0])
-    plan = plans[-1] if plans else Plan(group=group, trials=[])
+    request = requests[-1] if requests else Request(group=group, trials=[])
     axes: list[dict[str, Any]] = []
-    for point in (each.point for each in plans if each.point):
+    for point in (each.point for each in requests if each.point):
         axes += [point] if point not in axes else []
     experiment = json.loads(first["experiment"])
     synthetic = bool(experiment["data"].get("synthetic"))
-    margin = MARGIN if plan.margin is None else plan.margin
-    alike, sharing = len(devices(state.done)) == 1, shared(state.done)
+    margin = MARGIN if request.margin is None else request.margin
+    alike, sharing = len(devices(state.done)) == 1, device_shared(state.done)
     rows = method_rows(
         done, state.failures, called, margin / 100, noise=synthetic, timed=alike, shared=sharing
     )
@@ -203,7 +209,7 @@ def _group(
         suite=first["suite"],
         group=group,
         title=first["title"],
-        point=named(axes[-1]) if axes else "",
+        point=point_label(axes[-1]) if axes else "",
         axes=axes,
         apart=apart[group],
         metric=first["metric"],
@@ -220,10 +226,10 @@ def _group(
         paper_dense=float(done["paper_dense"].mean()),
         methods=rows,
         phases=phases(done, epochs),
-        published=against_published(plan.published, done, trials, margin / 100),
+        published=against_published(request.published, done, trials, margin / 100),
         missing=state.missing,
         unfinished=state.unfinished,
         failed=state.failed,
-        commits=notes.of_methods(trials),
-        notes=notes.notes(trials, rows, synthetic, twice, stated=plan.margin is not None),
+        commits=notes.commits_by_method(trials),
+        notes=notes.notes(trials, rows, synthetic, twice, stated=request.margin is not None),
     )

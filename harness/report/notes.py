@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from harness.report.intervals import FEWEST
-from harness.report.methods import MethodRow
+from harness.report.method_row import MethodRow
 from harness.report.words import counted
 from harness.suite.config import MARGIN
 
@@ -22,7 +22,11 @@ def notes(
     *,
     stated: bool,
 ) -> list[str]:
-    """A line each."""
+    """A line for each thing that a reader of a group's tables has to know.
+
+    `synthetic`: whether it was trained on noise; `twice`: trials that lie in several folders;
+    `stated`: whether the suite's margin is known.
+    """
     doubled = [trial for trial in trials["trial"] if trial in twice]
     return [
         *(["Trained on noise: the metric means nothing."] if synthetic else []),
@@ -47,7 +51,7 @@ def _compared(rows: list[MethodRow]) -> list[str]:
         return []
     if not any(row.plain and row.n for row in rows):
         return ["No baseline is finished: there is nothing to compare with."]
-    counts = [row.difference_n for row in rows if row.difference_n is not None]
+    counts = [row.quality.difference_n for row in rows if row.quality.difference_n is not None]
     if not counts:
         return []
     fewest = min(counts)
@@ -55,19 +59,18 @@ def _compared(rows: list[MethodRow]) -> list[str]:
     if fewest < FEWEST:
         found.append(f"No verdict from fewer than {FEWEST} seeds.")
     elif fewest < FEW:
-        freedom = (
-            f"{fewest - 1} degrees of freedom" if any(r.paired for r in rows) else "few values"
-        )
+        paired = any(row.quality.paired for row in rows)
+        freedom = f"{fewest - 1} degrees of freedom" if paired else "few values"
         found.append(f"A small sample: intervals rest on {fewest} seeds ({freedom}).")
     if len(counts) > 1:
         found.append(f"Intervals are of one comparison each, not corrected for {len(counts)}.")
-    if any(row.paired is False for row in rows):
+    if any(row.quality.paired is False for row in rows):
         found.append("Where seeds do not match the baseline's, intervals are Welch's (unpaired).")
     return found
 
 
 def commits(trials: pd.DataFrame) -> list[str]:
-    """Where the code of these trials comes from; of several commits, with how many trials each."""
+    """The commits of these trials' code; where they are several, with the number of trials each."""
     pairs = zip(trials["git_sha"], trials["git_dirty"], strict=True)
     counts = Counter((_sha(sha), not pd.isna(dirty) and bool(dirty)) for sha, dirty in pairs)
     return [
@@ -80,8 +83,8 @@ def _sha(value: Any) -> str:
     return value if isinstance(value, str) else "unknown"
 
 
-def of_methods(trials: pd.DataFrame) -> list[str]:
-    """Which methods come from which commit, where there are several."""
+def commits_by_method(trials: pd.DataFrame) -> list[str]:
+    """A line for each method with its commits, where there are several in all."""
     if len(commits(trials)) == 1:
         return []
     groups = trials.groupby("method", sort=False)
@@ -89,7 +92,7 @@ def of_methods(trials: pd.DataFrame) -> list[str]:
 
 
 def versions(trials: pd.DataFrame) -> list[str]:
-    """In which packages these trials differ."""
+    """A line on the packages in whose versions these trials differ, if there are any."""
     known = [json.loads(text) for text in trials["versions"].dropna().unique()]
     names = [n for n in dict.fromkeys(n for v in known for n in v) if n != "neqbench"]
     differing = {name: {str(v.get(name)) for v in known} for name in names}

@@ -11,7 +11,7 @@ from harness.report.style import Picture
 
 
 def page(report: Report, pictures: list[Picture]) -> str:
-    """HTML with its style, script and figures."""
+    """The whole page as HTML, with its style, script and figures inside."""
     environment = Environment(
         loader=PackageLoader("harness.report"),
         autoescape=True,

@@ -9,7 +9,7 @@ MOST = 6  # phases; a schedule with more drops is a smooth one, and is cut into 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseRow:
-    """One method in one phase, means over its seeds.
+    """One method in one phase; means over its seeds.
 
     `metric`: at the end of the phase; `gained`: since the end of the phase before (None in the
     first). `saved`: of the dense backward of the phase, the cost of deciding counted in; `share`:
@@ -36,10 +36,12 @@ class Phase:
 
 
 def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
-    """Between drops of the learning rate to half or less, or thirds of any other schedule."""
+    """The phases of training: between drops of the learning rate to half or less, or thirds where
+    it falls otherwise. `done`: finished trials (`per_trial`); `epochs`: their rows.
+    """
     if done.empty:
         return []
-    mine = labelled(done, epochs)
+    mine = with_labels(done, epochs)
     mine = mine.assign(spent=mine["backward_flops_executed"] + mine["overhead_flops"])
     columns = ["lr", "test_metric", "frozen", "spent", "backward_flops_dense"]
     by_epoch = mine.groupby(["label", "epoch"])[columns]
@@ -54,8 +56,8 @@ def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
     return found
 
 
-def labelled(done: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
-    """The epochs of finished trials, with the label of the method and the share that is frozen."""
+def with_labels(done: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
+    """The epochs of the trials `done`, with `label` (of the method) and `frozen` (a share)."""
     mine = epochs.merge(done[["trial", "label"]], on="trial")
     return mine.assign(frozen=mine["frozen_neurons"] / mine["total_neurons"])
 

@@ -1,4 +1,4 @@
-"""What was measured beside what has been published."""
+"""Whether what was measured agrees with what has been published."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from harness.report.intervals import FEWEST, Interval, from_summary
-from harness.report.words import points, said
+from harness.report.words import as_text, points
 from harness.suite.config import Published, PublishedValue
 
 EXACT = 1e-9  # what rounding may add to a difference that is none
@@ -17,10 +17,10 @@ MODEL = "model."  # conditions on which the dense count depends alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class PaperComparison:
     """One published figure beside the measured one, in the units of `what`.
 
-    `what`, `certainty`: of harness.config.PublishedValue. `verdict`: "agrees", where the 95 %
+    `what`, `certainty`: of suite.config.PublishedValue. `verdict`: "agrees", where the 95 %
     interval of the difference holds zero and is no wider than the margin (of FLOPs and shares: than
     a tenth) either way; "differs", where it leaves zero out; "undecided" or "not comparable", with
     the reason in `why`.
@@ -44,8 +44,12 @@ class Comparison:
 
 def against_published(
     published: Published, done: pd.DataFrame, trials: pd.DataFrame, margin: float
-) -> list[Comparison]:
-    """All figures of which the suite says that they were published, beside what was run."""
+) -> list[PaperComparison]:
+    """Each published figure of the suite beside what was measured.
+
+    `done`: finished trials (`per_trial`) of a group, `trials`: all of its trials; `margin`: within
+    which a metric agrees, as a share.
+    """
     first = trials.iloc[0]
     mine = json.loads(first["experiment"]) | {"data name": first["data"]}
     return [
@@ -83,7 +87,7 @@ def _compare(
     rows: pd.DataFrame,
     mine: dict[str, Any],
     margin: float,
-) -> Comparison:
+) -> PaperComparison:
     values = _values(value, rows)
     exact = value.what == "paper_dense"
     parameters = json.loads(rows["parameters"].iloc[0])
@@ -96,7 +100,7 @@ def _compare(
     elif not why:
         width = margin if value.what == "metric" else 0.1 * abs(value.value)
         verdict, why = _judged(value, values, width)
-    return Comparison(
+    return PaperComparison(
         method=str(rows["label"].iloc[0]),
         what=value.what,
         epochs=value.epochs,
@@ -139,12 +143,13 @@ def _obstacle(
     others = [key for key, v in value.parameters.items() if parameters.get(key) != v]
     if others:
         listed = (
-            f"{k} {said(parameters.get(k))}, published with {value.parameters[k]}" for k in others
+            f"{k} {as_text(parameters.get(k))}, published with {value.parameters[k]}"
+            for k in others
         )
         return "; ".join(listed)
     differing = [path for path, v in wanted.items() if v != "any" and _at(mine, path) != v]
     return "; ".join(
-        f"{p} {said(_at(mine, p))}, published with {said(wanted[p])}" for p in differing
+        f"{p} {as_text(_at(mine, p))}, published with {as_text(wanted[p])}" for p in differing
     )
 
 

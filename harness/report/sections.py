@@ -1,4 +1,4 @@
-"""All about each group of a report, as sections of tables."""
+"""The report as sections: for each group its facts, tables and notes, in all forms alike."""
 
 from collections import Counter
 from itertools import groupby
@@ -8,13 +8,16 @@ from harness.report import views
 from harness.report.answers import answers
 from harness.report.curves import Sweep, sweep_of, sweeps
 from harness.report.model import GroupTable, NotBegun, Report
+from harness.report.paper_view import against_paper
 from harness.report.tables import Section
-from harness.report.words import arguments, counted, listed, said
+from harness.report.words import arguments, as_text, counted, listed
 from harness.suite.config import forward_size
 
 
 def sections(report: Report) -> list[Section]:
-    """One for each group; after the groups of a sweep, one for all of them; what is not begun."""
+    """A section for each group, after the groups of a sweep one for all of them, and one for each
+    group that is not begun.
+    """
     found = []
     for _, mine in groupby(report.groups, key=lambda table: table.suite):
         groups = list(mine)
@@ -51,9 +54,10 @@ def _section(table: GroupTable, *, named: bool) -> Section:
     made = []
     if any(row.n for row in table.methods):
         made = [views.accuracy(table), views.savings(table)]
-        made += [views.phases(table)] if len(table.methods) > 1 else []
-        made += [views.stopped(table)] if any(row.stopped_epochs for row in table.methods) else []
-    made += [views.published(table)] if made and table.published else []
+        made += [views.by_phase(table)] if len(table.methods) > 1 else []
+        shorter = any(row.shorter_baseline.stopped_epochs for row in table.methods)
+        made += [views.shorter_baseline(table)] if shorter else []
+    made += [against_paper(table)] if made and table.published else []
     alerts = [("Not begun", line) for line in table.missing]
     alerts += [("Unfinished", line) for line in table.unfinished]
     alerts += [("Failed", line) for line in table.failed]
@@ -83,7 +87,7 @@ def _facts(table: GroupTable, *, named: bool) -> list[str]:
         ", ".join(table.devices),
     ]
     if table.apart and not (table.point and named):
-        differs = ", ".join(f"{path} {said(value)}" for path, value in table.apart.items())
+        differs = ", ".join(f"{path} {as_text(value)}" for path, value in table.apart.items())
         facts.append(f"Stands apart from the suite's other groups by {differs}")
     for row in table.methods:
         parameters = {k: v for k, v in row.parameters.items() if k != "kind"}

@@ -46,7 +46,7 @@ _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "yti
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a method looks in all figures: told apart without colours, too."""
+    """How a method looks in all figures: methods can be told apart without colours, too."""
 
     colour: Any
     line: Any
@@ -54,25 +54,28 @@ class Look:
 
 
 def looks(labels: Sequence[str], plain: Container[str]) -> dict[str, Look]:
-    """Of methods in their order, of which `plain` are baselines; of many, shades in that order."""
+    """The look of each method, in their order; `plain`: which of them are baselines.
+
+    Where there are many, their colours are shades in that order.
+    """
     others = [label for label in labels if label not in plain]
     shades: list[Any] = list(COLOURS)
     if len(others) > len(COLOURS):
         viridis = mpl.colormaps["viridis"]
-        shades = [viridis(0.9 * place / (len(others) - 1)) for place in range(len(others))]
+        shades = [viridis(0.9 * position / (len(others) - 1)) for position in range(len(others))]
     lines, markers = ("--", *LINES), ("o", *MARKERS)
     found = {
-        label: Look(BASELINE, lines[place % len(lines)], markers[place % len(markers)])
-        for place, label in enumerate(label for label in labels if label in plain)
+        label: Look(BASELINE, lines[position % len(lines)], markers[position % len(markers)])
+        for position, label in enumerate(label for label in labels if label in plain)
     }
-    for place, label in enumerate(others):
-        line, marker = LINES[place % len(LINES)], MARKERS[place % len(MARKERS)]
-        found[label] = Look(shades[place], line, marker)
+    for position, label in enumerate(others):
+        line, marker = LINES[position % len(LINES)], MARKERS[position % len(MARKERS)]
+        found[label] = Look(shades[position], line, marker)
     return found
 
 
 def legend(figure: Figure, axis: Axes) -> None:
-    """Above the axes, in as many columns as there is room for."""
+    """Draw the legend of `axis` above the figure, in as many columns as there is room for."""
     handles, labels = axis.get_legend_handles_labels()
     columns = max(1, int(15 * WIDTH / (max(map(len, labels), default=1) + 6)))
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels) or 1))
@@ -88,11 +91,11 @@ class Picture:
     figure: Figure
 
     def png(self) -> bytes:
-        """On white, 200 dots per inch."""
+        """The figure as PNG, on white, with 200 dots per inch."""
         return _drawn(self.figure, "png", dpi=200, facecolor="white")
 
     def svg(self) -> str:
-        """Without background, in the colour of the text around it; names are its own."""
+        """The figure as SVG, without background, in the colour of the text around it."""
         text = _drawn(self.figure, "svg", transparent=True, metadata={"Date": None}).decode()
         text = text[text.index("<svg") :].replace(INK, "currentColor")
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
@@ -101,15 +104,15 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Of:
-    """What a group's figures are of: the group's hash, the start of their files' names, a title."""
+class GroupLabel:
+    """What the figures of a group have in common: its hash, the start of their names, a title."""
 
     group: str
     name: str
     title: str
 
     def picture(self, kind: str, caption: str, figure: Figure) -> Picture:
-        """Named and titled."""
+        """A figure of this group; `kind` ends its name."""
         return Picture(
             name=f"{self.name}-{kind}",
             group=self.group,
@@ -119,7 +122,7 @@ class Of:
 
 
 def style() -> mpl.RcParams:
-    """To be used as `with rc_context(style())`."""
+    """matplotlib's settings for all figures, to be used as `with rc_context(style())`."""
     return mpl.RcParams(STYLE | dict.fromkeys(_INKED, INK))
 
 

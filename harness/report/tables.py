@@ -1,4 +1,4 @@
-"""What every form shows: sections of tables, their columns and cells."""
+"""What every form of the report is made of: sections of tables, their columns and cells."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ TONES |= dict.fromkeys(("undecided", "unclear"), "unclear")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`wide`: has room only in a wide terminal, where a narrow one leaves it out."""
+    """A column; `text`: of words, not numbers; `wide`: left out in a narrow terminal."""
 
     title: str
     unit: str = ""
@@ -20,7 +20,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is shown, what it is sorted by, and whether it is "good", "bad" or "unclear"."""
+    """A cell: what is shown, what it is sorted by, and its tone: "good", "bad" or "unclear"."""
 
     text: str
     value: float | str | None = None
@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def key(self) -> float | str | None:
-        """The value, where it can be put in order."""
+        """What the cell is sorted by; None where it can't be put in order."""
         return (
             None if isinstance(self.value, float) and not math.isfinite(self.value) else self.value
         )
@@ -36,7 +36,9 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """One table; its first column names the rows. `sortable`: each row stands for itself."""
+    """A table, whose first column names the rows; `sortable`: whether each row stands for
+    itself.
+    """
 
     title: str
     columns: list[Column]
@@ -47,8 +49,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """All about one group. `answers`: in a sentence for each method in question; `alerts`: (kind,
-    line) of what is missing, unfinished or failed.
+    """All about one group.
+
+    `answers`: a sentence for each method in question; `alerts`: (kind, line) for what is missing,
+    unfinished or failed.
     """
 
     suite: str

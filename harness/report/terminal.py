@@ -16,8 +16,8 @@ STYLES = {"good": "green", "bad": "red", "unclear": "yellow"}
 ALERTS = {"Failed": "red"}
 
 
-def show(sections: Iterable[Section], console: Console) -> None:
-    """One section per group: its tables, then what they leave out."""
+def print_report(sections: Iterable[Section], console: Console) -> None:
+    """Print the sections one after the other: tables, then what they leave out."""
     for section in sections:
         say(section.title, console, style="bold")
         for fact in section.facts:
@@ -25,7 +25,7 @@ def show(sections: Iterable[Section], console: Console) -> None:
         for answer in section.answers:
             say(answer, console)
         for table in section.tables:
-            show_table(table, console)
+            print_table(table, console)
         for note in section.notes:
             say(note, console)
         for kind, line in section.alerts:
@@ -33,15 +33,15 @@ def show(sections: Iterable[Section], console: Console) -> None:
         console.print()
 
 
-def show_table(table: Table, console: Console) -> None:
-    """The table under its title, its notes below."""
+def print_table(table: Table, console: Console) -> None:
+    """Print a table under its title, with its notes below."""
     shown = [p for p, c in enumerate(table.columns) if console.width >= WIDE or not c.wide]
     grid = Grid(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     units = any(column.unit for column in table.columns)
-    for place in shown:
-        column = table.columns[place]
+    for position in shown:
+        column = table.columns[position]
         title = f"{column.title}\n{column.unit}" if units else column.title
-        longest = max((len(row[place].text) for row in table.rows), default=0)
+        longest = max((len(row[position].text) for row in table.rows), default=0)
         grid.add_column(
             title,
             justify="left" if column.text else "right",

@@ -8,34 +8,36 @@ import torch
 
 from harness import parallel
 from harness.errors import UserError
-from harness.run.events import Elsewhere, Event, Halted, Held, Started
+from harness.run.events import Elsewhere, Event, Halted, Held, Started, went_on
 from harness.seeds import restored
 from harness.storage import leases
-from harness.storage.leases import Claim, Lease, Lost
+from harness.storage.leases import Claim, Lease, LeaseLost
 from harness.storage.locations import StorageError
-from harness.storage.recorder import Failure, Rows, Slot
-from harness.storage.store import Follower, Owner, Store
+from harness.storage.owner import Follower, Owner
+from harness.storage.provenance import Slot
+from harness.storage.recorder import Recorder
+from harness.storage.schema import Failure
+from harness.storage.store import Store
 from harness.suite.config import Suite, TrialSpec
 from harness.train.trial import DivergedError, Trial
 from harness.train.tuning import numerics
 
 
 class Broken(Exception):  # noqa: N818
-    """One of several processes failed, and its row says why, or died; the others can't go on."""
+    """One of several processes has died, or failed, as its row of `trials` says: none can go on."""
 
 
 class Unstored(Broken):
     """What one of several processes computed can't be stored; the trial is none the worse."""
 
 
-def supervised(
-    spec: TrialSpec, root: str, slot: Slot, claim: Claim | None = None
-) -> Generator[Event]:
-    """The trial's records, those of earlier attempts first, if nobody else has it.
+def attempt(spec: TrialSpec, root: str, slot: Slot, claim: Claim | None = None) -> Generator[Event]:
+    """Run a trial, if nobody else has it: its records, those of earlier attempts first.
 
-    Ends with Held, Halted or Failure where it can't be finished. A failure is stored with its
-    traceback; only an interrupt leaves this generator, and Broken where the failure is that of one
-    process among several.
+    `root`: where results lie; `claim`: the run's right to the trial (default: that of a run of its
+    own). Ends with Held, Halted or Failure where the trial can't be finished. A failure is stored
+    with its traceback; nothing is raised but an interrupt, and Broken where the failure is that of
+    one process among several.
     """
     yield Started()
     lease = found = None
@@ -46,7 +48,7 @@ def supervised(
         if found:
             yield found
         else:
-            yield from owned(spec, root, slot, number)
+            yield from attempt_under_lease(spec, root, slot, number)
 
 
 def _taken(
@@ -55,14 +57,14 @@ def _taken(
     """The lease of a trial that is to be computed, or why it is not."""
     lease = None
     try:
-        lease = Lease.acquire(store.place, key, claim or Claim(leases.owner(), None))
-        return lease, meanwhile(store, key, claim) if lease else Held()
+        lease = Lease.acquire(store.location, key, claim or Claim(leases.new_owner(), None))
+        return lease, ended_meanwhile(store, key, claim) if lease else Held()
     except StorageError as error:
         return lease, Halted(str(error))
 
 
-def meanwhile(store: Store, key: str, claim: Claim | None) -> Elsewhere | Failure | None:
-    """How the trial has ended since it was claimed, if it has."""
+def ended_meanwhile(store: Store, key: str, claim: Claim | None) -> Elsewhere | Failure | None:
+    """How the trial `key` has ended since it was claimed; None where it has not."""
     row = store.trial(key) if claim else None
     if row is None or claim is None:
         return None
@@ -73,32 +75,37 @@ def meanwhile(store: Store, key: str, claim: Claim | None) -> Elsewhere | Failur
     return None
 
 
-def owned(spec: TrialSpec, root: str, slot: Slot, lease: int) -> Generator[Event]:
-    """As `supervised`, under a lease that is held already."""
-    store = (Owner if parallel.leads() else Follower)(root, spec.suite.name, lease)
-    rows = None
+def attempt_under_lease(spec: TrialSpec, root: str, slot: Slot, lease: int) -> Generator[Event]:
+    """As `attempt`, under the lease of that number, which is held already."""
+    kind = Owner if parallel.leads() else Follower
+    owner = kind(Store(root, spec.suite.name), spec.key, lease)
+    recorder = None
     try:
-        store.sweep(spec.key)
-        rows = Rows(spec, store, slot)
+        owner.sweep()
+        recorder = Recorder(spec, owner, slot)
         with _process(spec.suite, slot):
-            yield from Trial(spec, rows).records()
+            damaged: list[str] = []
+            # Popped, so that nothing here keeps it alive while the trial goes on: it is large.
+            states = [owner.load_checkpoint(damaged.append)]
+            yield from map(went_on, damaged)
+            yield from Trial(spec, owner, recorder, slot).records(states.pop())
     except DivergedError as error:  # every process has seen the same loss
-        assert rows
-        yield _record(rows, Failure(str(error), traceback.format_exc()))
+        assert recorder
+        yield _record(recorder, Failure(str(error), traceback.format_exc()))
     except Exception as error:
         ended = _ended(error)
         failure = Failure(_reason(error, spec), traceback.format_exc())
         if spec.suite.resources.world_size > 1:  # its group may be gone by now
             if not ended and not parallel.lost_another(error):
-                _record_from(spec, Owner(root, spec.suite.name, lease), slot, failure)
-            kind = Unstored if isinstance(ended, Halted) else Broken
-            raise kind(failure.reason) from error
-        yield ended or (_record(rows, failure) if rows else failure)
+                _record_from(spec, Owner(owner.store, spec.key, lease), slot, failure)
+            kind_of_end = Unstored if isinstance(ended, Halted) else Broken
+            raise kind_of_end(failure.reason) from error
+        yield ended or (_record(recorder, failure) if recorder else failure)
 
 
 def _ended(error: Exception) -> Held | Halted | None:
-    """For errors that say nothing about the trial."""
-    if isinstance(error, Lost):
+    """The event for an error that says nothing about the trial."""
+    if isinstance(error, LeaseLost):
         return Held()
     return Halted(str(error)) if isinstance(error, StorageError) else None
 
@@ -112,57 +119,59 @@ def _reason(error: Exception, spec: TrialSpec) -> str:
             "lower recipe.forward_batch"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        used = f"{leases.peak_memory() / 2**30:.1f} GiB"
         return (
-            f"the machine's memory is full: this process had used {leases.peak() / 2**30:.1f} GiB; "
+            f"the machine's memory is full: this process had used {used}; "
             "lower recipe.forward_batch, or run fewer trials at a time with more resources.cpus"
         )
-    if isinstance(error, Lost):
+    if isinstance(error, LeaseLost):
         return "another run has taken the trial over"
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def lost(spec: TrialSpec, root: str, slot: Slot, reason: str, owner: str) -> Event:
+def record_death(spec: TrialSpec, root: str, slot: Slot, reason: str, run: str) -> Event:
     """Record, from the driver, a trial whose process can't say itself why it ended.
 
-    Held where it is another run's, Elsewhere where it turns out to be done.
+    `run`: the driver's name on leases. Returns the failure; Held where the trial is another run's,
+    Elsewhere where it turns out to be done, Halted where results can't be stored.
     """
+    store = Store(root, spec.suite.name)
     try:
-        place = Store(root, spec.suite.name).place
-        lease = Lease.acquire(place, spec.key, Claim(owner, None))
+        lease = Lease.acquire(store.location, spec.key, Claim(run, None))
         if lease is None:
             return Held()
         with lease:
-            store = Owner(root, spec.suite.name, lease.number)
-            return _record_from(spec, store, slot, Failure(reason, ""), here=False)
+            owner = Owner(store, spec.key, lease.number)
+            return _record_from(spec, owner, slot, Failure(reason, ""), here=False)
     except StorageError as error:
         return Halted(str(error))
 
 
 def _record_from(
-    spec: TrialSpec, store: Owner, slot: Slot, failure: Failure, *, here: bool = True
+    spec: TrialSpec, owner: Owner, slot: Slot, failure: Failure, *, here: bool = True
 ) -> Event:
-    """With the rows of the last commit; a trial that is complete has not failed."""
-    rows = Rows(spec, store, slot, here=here)
-    state = store.load_checkpoint(spec.key)
+    """Record with the rows of the last commit; a trial that is complete has not failed."""
+    recorder = Recorder(spec, owner, slot, here=here)
+    state = owner.load_checkpoint()
     if state is not None:
-        rows.load(state["rows"])
-    if rows.complete:
-        rows.publish()
+        recorder.load(state)
+    if recorder.complete:
+        recorder.publish()
         return Elsewhere()
-    return _record(rows, failure)
+    return _record(recorder, failure)
 
 
-def _record(rows: Rows, failure: Failure) -> Event:
+def _record(recorder: Recorder, failure: Failure) -> Event:
     try:
-        rows.publish(failure)
-    except (Lost, StorageError) as error:
+        recorder.publish(failure)
+    except (LeaseLost, StorageError) as error:
         return _ended(error) or failure
     return failure
 
 
 @contextmanager
 def _process(suite: Suite, slot: Slot) -> Iterator[None]:
-    """Determinism for one trial; the process is left as it was."""
+    """Inside, one trial computes deterministically; afterwards the process is as it was."""
     threads = torch.get_num_threads()
     gpus = [parallel.device(gpu=True)] if slot.gpu else []
     try:

@@ -7,21 +7,22 @@ from collections.abc import Iterator, Sequence
 from harness.run.events import Elsewhere, Event, Held
 from harness.storage import leases
 from harness.storage.leases import Claim, Watch
-from harness.storage.recorder import Failure
+from harness.storage.schema import Failure
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
 
 LOOK = 2.0  # seconds between looks at the trials of others
 
 
-class Queue:
-    """The trials of one run. Holds those that other runs have; all others are made when taken.
+class Claims:
+    """The trials of one run that are still to be taken, and those that other runs have.
 
-    `owner` is the run's name on its leases. `retry`: failed trials are to be run, too.
+    A trial of `specs` is looked at when it is taken. `owner` is the run's name on its leases.
+    `retry`: failed trials are to be run, too.
     """
 
     def __init__(self, specs: Sequence[TrialSpec], root: str, *, retry: bool) -> None:
-        self.owner = leases.owner()
+        self.owner = leases.new_owner()
         self._root, self._retry = root, retry
         self._fresh, self._left = iter(specs), len(specs)
         self._others: dict[str, TrialSpec] = {}
@@ -31,11 +32,11 @@ class Queue:
         self._looked = 0.0
 
     def __len__(self) -> int:
-        """How many trials were not taken yet, as far as is known, and events not told."""
+        """Trials that were not taken yet, as far as is known, and events that were not told."""
         return self._left + len(self._free) + len(self._others) + len(self._events)
 
     def take(self) -> tuple[TrialSpec, Claim] | None:
-        """A trial to start now; None where none is left, or others have those that are."""
+        """A trial to start now, with the claim to it; None where none is free."""
         if self._free:
             return self._free.popleft()
         for spec in self._fresh:
@@ -45,12 +46,15 @@ class Queue:
                 return spec, claim
         return None
 
-    def back(self, spec: TrialSpec) -> None:
-        """Another run turned out to have it."""
+    def give_back(self, spec: TrialSpec) -> None:
+        """Put back a trial that another run turned out to have."""
         self._others[spec.key] = spec
 
     def events(self) -> Iterator[tuple[TrialSpec, Event | None]]:
-        """What has become of the trials of others; looks after them now and then."""
+        """What has become of the trials of others, as (trial, event); None ends a trial.
+
+        Looks after them every LOOK seconds.
+        """
         if self._others and time.monotonic() - self._looked > LOOK:
             self._looked = time.monotonic()
             for spec in list(self._others.values()):
@@ -61,9 +65,9 @@ class Queue:
             yield self._events.popleft()
 
     def _claim(self, spec: TrialSpec, *, retry: bool) -> Claim | None:
-        """To a trial that is free. Others are kept, or have ended."""
+        """The claim to a trial that is free; one that is not is kept, or has ended."""
         key, store = spec.key, Store(self._root, spec.suite.name)
-        beat = leases.latest(store.place, key)
+        beat = leases.latest(store.location, key)
         if not self._watch.free(key, beat):
             if key not in self._others:
                 self._events.append((spec, Held()))

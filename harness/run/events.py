@@ -1,9 +1,8 @@
-"""What a trial says while it runs."""
+"""What an attempt at a trial tells whoever runs it."""
 
 from dataclasses import dataclass
 
-from harness.storage.recorder import Failure
-from harness.storage.schema import EpochRecord
+from harness.storage.schema import EpochRecord, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,5 +38,5 @@ Event = Started | EpochRecord | Notice | Held | Halted | Elsewhere | Failure
 
 
 def went_on(path: str) -> Notice:
-    """What is said about a damaged checkpoint that has another before it."""
+    """The notice about a damaged checkpoint, at `path`, that has a whole one before it."""
     return Notice(f"{path} is damaged: went on from the commit before it")

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from harness import parallel
 from harness.errors import UserError
 from harness.run import ray_cluster
-from harness.run.attempt import Broken, Unstored, lost, supervised
-from harness.run.claims import Queue
+from harness.run.attempt import Broken, Unstored, attempt, record_death
+from harness.run.claims import Claims
 from harness.run.events import Elsewhere, Event, Halted, Held, Started
-from harness.run.ray_train import MAX_RETRIES, workers_of
+from harness.run.ray_train import run_with_workers
 from harness.storage import leases
 from harness.storage.leases import Claim
-from harness.storage.recorder import Failure, Slot
-from harness.storage.schema import EpochRecord
+from harness.storage.provenance import Slot
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
 from harness.train.tuning import check_precision
@@ -27,49 +27,54 @@ Events = Generator[tuple[TrialSpec, Event | None]]
 
 
 class Executor(Protocol):
-    """Runs trials and says what happens to each; `None` ends a trial."""
+    """Runs trials and tells what happens to each."""
 
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
-        """Events of all trials, interleaved as they happen. Raises UserError where results can't be
-        stored any more: trials go on from their last commit another time.
+        """(trial, event) as they happen, those of several trials interleaved; None ends a trial.
+
+        `root`: where results lie. Raises UserError where results can't be stored any more: trials
+        go on from their last commit another time.
         """
         ...
 
 
 class Inline:
-    """One trial after the other, in this process, and in the others that torchrun has started."""
+    """Runs one trial after the other, in this process and in those that torchrun started with it.
+
+    `retry`: failed trials are run again.
+    """
 
     def __init__(self, *, retry: bool = False) -> None:
         self._retry = retry
 
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
-        """Events in the order of the trials."""
-        queue = Queue(specs, root, retry=self._retry)
-        while parallel.shared(len(queue)):
-            found = (list(queue.events()), queue.take()) if parallel.leads() else None
+        """See Executor; trials come one after the other."""
+        claims = Claims(specs, root, retry=self._retry)
+        while parallel.shared(len(claims)):
+            found = (list(claims.events()), claims.take()) if parallel.leads() else None
             events, taken = parallel.shared(found)
             yield from events
             if taken:
                 spec, claim = taken
-                yield from self._trial(spec, claim, root, queue)
-            elif len(queue):
+                yield from self._trial(spec, claim, root, claims)
+            elif len(claims):
                 time.sleep(1)
 
-    def _trial(self, spec: TrialSpec, claim: Claim, root: str, queue: Queue) -> Events:
+    def _trial(self, spec: TrialSpec, claim: Claim, root: str, claims: Claims) -> Events:
         limit, slot = spec.suite.resources.time_limit, _slot_here(spec)
         clock = _Clock(limit)
-        events = supervised(spec, root, slot, claim)
+        events = attempt(spec, root, slot, claim)
         try:
             with contextlib.closing(events):  # and its lease given back
                 while (event := clock.next(events)) is not None:
                     yield spec, _stored(event)
                     if isinstance(event, Held):
-                        queue.back(spec)
+                        claims.give_back(spec)
                         return
             yield spec, None
         except _TooLongError:
             if parallel.leads():
-                yield from _given_up(spec, root, slot, too_long(limit), queue)
+                yield from _given_up(spec, root, slot, too_long(limit), claims)
             if parallel.workers() > 1:
                 raise SystemExit(1) from None
         except Unstored as error:
@@ -80,7 +85,7 @@ class Inline:
 
 
 def _stored(event: Event) -> Event:
-    """Raises UserError for the event that says that results can't be."""
+    """The event itself; raises UserError for the one that says that results can't be stored."""
     if isinstance(event, Halted):
         raise UserError(event.reason)
     return event
@@ -91,7 +96,7 @@ class _TooLongError(BaseException):
 
 
 class _Clock:
-    """Raises _TooLongError in a generator that takes longer than so many seconds in all."""
+    """Raises _TooLongError inside a generator that takes more than so many seconds in all."""
 
     def __init__(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
@@ -113,17 +118,17 @@ class _Clock:
             signal.signal(signal.SIGALRM, earlier)
 
 
-def _given_up(spec: TrialSpec, root: str, slot: Slot, reason: str, queue: Queue) -> Events:
-    event = _stored(lost(spec, root, slot, reason, queue.owner))
+def _given_up(spec: TrialSpec, root: str, slot: Slot, reason: str, claims: Claims) -> Events:
+    event = _stored(record_death(spec, root, slot, reason, claims.owner))
     yield spec, event
     if isinstance(event, Held):
-        queue.back(spec)
+        claims.give_back(spec)
     else:
         yield spec, None
 
 
 def too_long(seconds: float | None) -> str:
-    """Why a trial was stopped."""
+    """The reason for stopping a trial that has a time limit of `seconds`."""
     return (
         f"it took longer than resources.time_limit, {seconds:g} s; raise that with --set "
         "resources.time_limit=…, or find out why it hangs"
@@ -155,22 +160,25 @@ def _slot_here(spec: TrialSpec) -> Slot:
 
 
 class Ray:
-    """One Ray task per trial: on this machine, or on the cluster at `address`."""
+    """Runs each trial as a Ray task, on this machine or on the cluster at `address`.
+
+    `retry`: failed trials are run again.
+    """
 
     def __init__(self, address: str | None = None, *, retry: bool = False) -> None:
         self._address, self._retry = address, retry
 
     def run(self, specs: Sequence[TrialSpec], root: str) -> Events:
-        """Events as they happen. A dead worker's trial is tried again, from its checkpoint."""
-        queue = Queue(specs, root, retry=self._retry)
+        """See Executor. A dead worker's trial is tried again, from its checkpoint."""
+        claims = Claims(specs, root, retry=self._retry)
         with ray_cluster.connected(self._address) as head:
-            running = _Running(queue, root, head)
+            running = _RayTasks(claims, root, head)
             try:
                 if specs:
                     slot = ray_cluster.slots(specs[0], len(specs), head.nodes)[1]
                     ray_cluster.check_device(specs[0], slot)
-                while len(queue) or running.tasks:
-                    yield from queue.events()
+                while len(claims) or running.tasks:
+                    yield from claims.events()
                     running.fill(specs[0], slot.gpu)
                     yield from running.wait()
                     head.check()
@@ -180,7 +188,11 @@ class Ray:
 
 @dataclass(slots=True)
 class _Task:
-    """One trial that runs, or waits for its turn in Ray. `seen`: epochs that were told."""
+    """One trial that runs, or waits for its turn in Ray.
+
+    `seen`: epochs that were told; `deaths` of workers since the last of them; `spent`: seconds of
+    workers that died; `began`: when the present one did.
+    """
 
     spec: TrialSpec
     slot: Slot
@@ -193,14 +205,14 @@ class _Task:
 
     @property
     def overdue(self) -> bool:
-        """Whether it takes longer than it may."""
+        """Whether the trial takes longer than it may."""
         limit = self.spec.suite.resources.time_limit
         if self.ended or limit is None or self.began is None:
             return False
         return self.spent + time.monotonic() - self.began > limit
 
     def news(self, event: Event) -> bool:
-        """Whether nothing of the kind was told by an earlier attempt."""
+        """Whether the event is new: not one that an earlier attempt has told already."""
         if isinstance(event, Started):
             self.began = time.monotonic()
             return self.deaths == 0 and self.seen == 0
@@ -213,40 +225,40 @@ class _Task:
         return True
 
 
-class _Running:
-    """The tasks in Ray: twice as many as fit, so that no slot waits for the driver."""
+class _RayTasks:
+    """The trials that Ray has: twice as many as fit, so that no slot waits for the driver."""
 
-    def __init__(self, queue: Queue, root: str, head: ray_cluster.Head) -> None:
+    def __init__(self, claims: Claims, root: str, head: ray_cluster.Head) -> None:
         self.tasks: dict[Any, _Task] = {}
-        self._queue, self._root, self._head = queue, root, head
+        self._claims, self._root, self._head = claims, root, head
 
     def fill(self, spec: TrialSpec, gpu: bool) -> None:
         """Start what there is room for, if all trials are like `spec`."""
         together = spec.suite.resources.world_size > 1
         while True:
-            trials = len(self._queue) + len(self.tasks)
+            trials = len(self._claims) + len(self.tasks)
             try:
                 slots, slot = ray_cluster.slots(spec, trials, self._head.nodes, gpu=gpu)
             except UserError:  # nodes are gone that were there at the start: they may come back
                 return
             taken = None
             if len(self.tasks) < slots * (1 if together else 2):
-                taken = self._queue.take()
+                taken = self._claims.take()
             if taken is None:
                 return
             self._submit(_Task(taken[0], slot, taken[1]))
 
     def _submit(self, task: _Task) -> None:
         together = task.spec.suite.resources.world_size > 1
-        remote = ray_cluster.task(workers_of if together else supervised, task.spec, task.slot)
+        remote = ray_cluster.task(run_with_workers if together else attempt, task.spec, task.slot)
         self.tasks[remote.remote(task.spec, self._root, task.slot, task.claim)] = task
 
     def wait(self) -> Events:
-        """What has happened, after a second at the most."""
+        """Events that have happened; waits for the first of them, a second at the most."""
         import ray
 
         if not self.tasks:
-            time.sleep(1 if len(self._queue) else 0)
+            time.sleep(1 if len(self._claims) else 0)
             return
         ready, _ = ray.wait(list(self.tasks), timeout=1.0, fetch_local=False)
         for stream in ready:
@@ -267,14 +279,16 @@ class _Running:
             yield from self._died(task, "it ended without a word")
         except ray.exceptions.RayTaskError as error:  # not even begun
             del self.tasks[stream]
-            yield from self._given_up(task, f"its worker failed: {ray_cluster.said(error)}")
+            yield from self._given_up(
+                task, f"its worker failed: {ray_cluster.cause_of_death(error)}"
+            )
         except ray.exceptions.RayError as error:
             del self.tasks[stream]
-            yield from self._died(task, ray_cluster.said(error))
+            yield from self._died(task, ray_cluster.cause_of_death(error))
         else:
             if isinstance(event, Held):
                 del self.tasks[stream]
-                self._queue.back(task.spec)
+                self._claims.give_back(task.spec)
             if task.news(event):
                 yield task.spec, _stored(event)
 
@@ -286,10 +300,10 @@ class _Running:
         task.deaths += 1
         if task.began is not None:  # what it waits for the next worker is not its own time
             task.spent, task.began = task.spent + time.monotonic() - task.began, None
-        if task.deaths <= MAX_RETRIES:
+        if task.deaths <= ray_cluster.MAX_RETRIES:
             self._submit(task)
             return
-        beat = leases.latest(Store(self._root, task.spec.suite.name).place, task.spec.key)
+        beat = leases.latest(Store(self._root, task.spec.suite.name).location, task.spec.key)
         used = f"{beat.memory / 2**30:.1f} GiB" if beat and beat.memory else "an unknown amount"
         reason = (
             f"its workers died {task.deaths} times ({how}); they had used up to {used} of memory: "
@@ -298,7 +312,7 @@ class _Running:
         yield from self._given_up(task, reason)
 
     def _given_up(self, task: _Task, reason: str) -> Events:
-        return _given_up(task.spec, self._root, task.slot, reason, self._queue)
+        return _given_up(task.spec, self._root, task.slot, reason, self._claims)
 
     def _kill(self, stream: Any) -> None:
         import ray
@@ -306,13 +320,13 @@ class _Running:
         task = self.tasks.pop(stream)
         if self._head.answers():
             ray.cancel(stream, force=True)
-        place = Store(self._root, task.spec.suite.name).place
-        leases.kill(leases.latest(place, task.spec.key), self._queue.owner)
+        location = Store(self._root, task.spec.suite.name).location
+        leases.kill_holder(leases.latest(location, task.spec.key), self._claims.owner)
 
     def stop(self) -> None:
-        """End all tasks and give their trials back."""
+        """End all tasks and give their leases back."""
         for stream, task in list(self.tasks.items()):
             with contextlib.suppress(UserError):  # the next run waits for these leases instead
                 self._kill(stream)
-                place = Store(self._root, task.spec.suite.name).place
-                leases.free(place, task.spec.key, self._queue.owner)
+                location = Store(self._root, task.spec.suite.name).location
+                leases.release(location, task.spec.key, self._claims.owner)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from harness import parallel
 from harness.data.dataset import Batch, Dataset
 from harness.data.load import load_data
-from harness.errors import UserError
-from harness.flops.subject import measured
+from harness.errors import UserError, with_origin
+from harness.flops.subject import costs_of
 from harness.methods.freezing import Freezing
 from harness.seeds import restored
 from harness.suite import parts
@@ -22,13 +22,14 @@ from harness.train.optimizers import build_optimizer
 
 SAMPLES = 2  # that are run through the model
 
-Samples = dict[str, list[Batch]]
+FirstSamples = dict[str, list[Batch]]  # by part: "training", "validation", "test"
 
 
-def check(trials: Sequence[TrialSpec]) -> Dataset:
-    """Build everything once, and run a few samples of every part; returns the data that it opened.
+def preflight(trials: Sequence[TrialSpec]) -> Dataset:
+    """Build everything once and run a few samples of every part of the data, before hours are
+    spent.
 
-    Raises UserError.
+    `trials`: of one group. Returns the data that it opened. Raises UserError for what is wrong.
     """
     suite, folder = trials[0].suite, trials[0].folder
     with restored():
@@ -37,8 +38,8 @@ def check(trials: Sequence[TrialSpec]) -> Dataset:
         samples = few(suite, data)
         check_inputs(suite, samples)
         model = parts.build_model(suite.model.build, folder, suite.model.arguments)
-        weights.load(model, suite.model)
-        measured(model, suite.model.input, suite.model.unpublished)
+        weights.load_weights(model, suite.model)
+        costs_of(model, suite.model.input, suite.model.unpublished)
         check_methods(suite, model, [trial.method for trial in trials])
         task = build_task(suite, folder)
         check_outputs(suite, task, model, samples, data.labels())
@@ -73,8 +74,11 @@ def check_methods(suite: Suite, model: nn.Module, names: Sequence[str]) -> None:
         method.freezer.remove()
 
 
-def few(suite: Suite, data: Dataset) -> Samples:
-    """The first samples of each part, as this worker would see them; raises UserError."""
+def few(suite: Suite, data: Dataset) -> FirstSamples:
+    """The first samples of each part, as this worker would see them.
+
+    Raises UserError where they can't be read or transformed.
+    """
     count = SAMPLES * parallel.workers()
     recipe = suite.recipe.model_copy(update={"batch_size": count, "forward_batch": None})
     try:
@@ -84,11 +88,14 @@ def few(suite: Suite, data: Dataset) -> Samples:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{suite.data.load!r}: samples fail: {parts.said(error)}") from error
+        raise UserError(f"{suite.data.load!r}: samples fail: {with_origin(error)}") from error
 
 
-def check_inputs(suite: Suite, samples: Samples) -> None:
-    """Test images may have sizes of their own; the accounting holds for the others."""
+def check_inputs(suite: Suite, samples: FirstSamples) -> None:
+    """Raises UserError where training or validation images have another size than `model.input`.
+
+    Test images may have sizes of their own: the accounting is of the others.
+    """
     for part in ("training", "validation"):
         for inputs, _ in samples[part]:
             if tuple(inputs.shape[1:]) != suite.model.input:
@@ -100,10 +107,11 @@ def check_inputs(suite: Suite, samples: Samples) -> None:
 
 @torch.no_grad()
 def check_outputs(
-    suite: Suite, task: Task, model: nn.Module, samples: Samples, labels: Sequence[Tensor]
+    suite: Suite, task: Task, model: nn.Module, samples: FirstSamples, labels: Sequence[Tensor]
 ) -> None:
-    """Raises UserError where the model does not run, or the task not on its outputs; `labels`: all
-    that are known.
+    """Raises UserError where the model does not run, or the task does not on its outputs.
+
+    `labels`: all labels that are known without decoding.
     """
     for part, loaded in samples.items():
         for inputs, targets in loaded:
@@ -118,7 +126,7 @@ def check_outputs(
             task.check_labels(outputs, known)
 
 
-def check_gradients(suite: Suite, task: Task, model: nn.Module, samples: Samples) -> None:
+def check_gradients(suite: Suite, task: Task, model: nn.Module, samples: FirstSamples) -> None:
     """Raises UserError where a parameter gets no gradient: several workers would wait for it."""
     for inputs, targets in samples["training"]:
         with _blaming(suite):
@@ -143,10 +151,10 @@ def _outputs(suite: Suite, model: nn.Module, inputs: Tensor) -> Any:
 
 @contextmanager
 def _blaming(suite: Suite) -> Iterator[None]:
-    """Errors of the task, with the suite's name."""
+    """Inside, errors of the task become UserErrors with the suite's name."""
     try:
         yield
     except UserError as error:
         raise UserError(f"suite {suite.name}: {error}") from None
     except Exception as error:
-        raise UserError(f"suite {suite.name}: {suite.task} failed: {parts.said(error)}") from error
+        raise UserError(f"suite {suite.name}: {suite.task} failed: {with_origin(error)}") from error

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from harness import parallel
-from harness.errors import UserError, line
-from harness.storage.recorder import Slot
+from harness.errors import UserError, one_line
+from harness.storage.provenance import Slot
 from harness.suite.config import TrialSpec
 from harness.train.tuning import check_precision
 
+MAX_RETRIES = 3  # of a trial whose workers die again and again at the same epoch
 KNOCK = 5.0  # seconds between looks whether the head is there
 BUSY = 60.0  # seconds after which a GPU that is not free is not waited for
 GONE = 30.0  # after so many without an answer it is lost; Ray itself ends the driver after 60
@@ -38,7 +39,10 @@ def connected(address: str | None) -> Iterator["Head"]:
 
 
 class Head:
-    """The cluster's first node, which knows all others (`nodes`, as of a few seconds ago)."""
+    """The cluster's first node, which knows all others.
+
+    `nodes`: what Ray says of each, as of a few seconds ago.
+    """
 
     def __init__(self) -> None:
         import ray
@@ -49,7 +53,7 @@ class Head:
         self.nodes: list[dict[str, Any]] = ray.nodes()
 
     def check(self) -> None:
-        """Raises UserError where it has not answered for a while."""
+        """Raises UserError where the head has not answered for GONE seconds."""
         now = time.monotonic()
         if now - self._asked < KNOCK:
             return
@@ -63,7 +67,7 @@ class Head:
             )
 
     def answers(self) -> bool:
-        """Whether it is there now, and this machine's node."""
+        """Whether the head answers now, and this machine's node is alive."""
         import ray
 
         try:
@@ -75,7 +79,8 @@ class Head:
 
 
 def task(function: Callable[..., Any], spec: TrialSpec, slot: Slot) -> Any:
-    """A Ray task for a trial; one of several workers only watches over them.
+    """`function` as a Ray task with the resources of one trial; where a trial has several workers,
+    it only watches over them and needs none.
 
     On a GPU the process ends with its trial, and gives its memory back; on a CPU the next one
     starts without a wait. Nothing is retried by Ray, which would give up on a trial that makes
@@ -96,9 +101,9 @@ def task(function: Callable[..., Any], spec: TrialSpec, slot: Slot) -> Any:
 def slots(
     spec: TrialSpec, trials: int, nodes: list[dict[str, Any]], *, gpu: bool = False
 ) -> tuple[int, Slot]:
-    """How many of `trials` fit the nodes at a time, and what each is given.
+    """How many of so many `trials` like `spec` fit the nodes at a time, and the slot of each.
 
-    `gpu`: they have run on GPUs so far. Raises UserError where not even one fits.
+    `gpu`: whether they have run on GPUs so far. Raises UserError where not even one fits.
     """
     nodes = [node["Resources"] for node in nodes if node["Alive"]]
     wanted = spec.suite.resources
@@ -138,7 +143,7 @@ def check_device(spec: TrialSpec, slot: Slot) -> None:
     except ray.exceptions.GetTimeoutError:
         return  # all are busy: the trials look themselves
     except ray.exceptions.RayError as error:
-        raise UserError(f"a worker of the Ray cluster fails: {said(error)}") from None
+        raise UserError(f"a worker of the Ray cluster fails: {cause_of_death(error)}") from None
 
 
 def _look(precision: str) -> None:
@@ -146,15 +151,15 @@ def _look(precision: str) -> None:
 
 
 def no_gpu(spec: TrialSpec, where: str) -> str:
-    """What a suite is told that asks for a GPU."""
+    """The message for a suite that asks for a GPU where there is none."""
     return (
         f"suite {spec.suite.name}: resources.gpus asks for {spec.suite.resources.gpus} and "
         f"{where} has none; run on the CPU with --set resources.gpus=0"
     )
 
 
-def said(error: Exception) -> str:
-    """Why a worker died, without Ray's pages around it."""
+def cause_of_death(error: Exception) -> str:
+    """Why a worker died or failed, in a line, without Ray's pages around it."""
     import ray
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -167,7 +172,7 @@ def said(error: Exception) -> str:
             "fewer trials at a time with more resources.cpus"
         )
     if isinstance(error, ray.exceptions.RayTaskError):
-        return line(error.cause) if error.cause else str(error).strip().splitlines()[-1]
+        return one_line(error.cause) if error.cause else str(error).strip().splitlines()[-1]
     return type(error).__name__
 
 
@@ -190,13 +195,16 @@ def _connect(address: str | None) -> None:
         signal.signal(signal.SIGTERM, polite)  # Ray's own would print its stack and die
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address} ({line(error)}); check --address, RAY_ADDRESS "
-            "and, where the cluster asks for one, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+            f"no Ray cluster answers at {address} ({one_line(error)}); check --address, "
+            "RAY_ADDRESS and, where the cluster asks for one, the token (RAY_AUTH_MODE, "
+            "RAY_AUTH_TOKEN)"
         ) from None
 
 
 def knock(address: str) -> None:
-    """Raise OSError at once where nothing listens: Ray itself would try for minutes."""
+    """Raises OSError at once where nothing listens at `address`: Ray itself would try for
+    minutes.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -8,42 +8,44 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from harness import parallel
-from harness.run.attempt import lost, meanwhile, owned
+from harness.run import ray_cluster
+from harness.run.attempt import attempt_under_lease, ended_meanwhile, record_death
 from harness.run.events import Event, Halted, Held, Started, went_on
 from harness.storage import leases
-from harness.storage.leases import Claim, Lease, Lost
+from harness.storage.leases import Claim, Lease, LeaseLost
 from harness.storage.locations import StorageError
-from harness.storage.recorder import Failure, Slot
-from harness.storage.schema import EpochRecord
+from harness.storage.provenance import Slot
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
 
-MAX_RETRIES = 3
 POLL = 0.5  # seconds
 
 
-def workers_of(spec: TrialSpec, root: str, slot: Slot, claim: Claim) -> Iterator[Event]:
-    """The trial's events, as `supervised` gives them. Dead workers are started again: the trial
-    goes on from its checkpoint. A Python exception is a failure, and is not tried again.
+def run_with_workers(spec: TrialSpec, root: str, slot: Slot, claim: Claim) -> Iterator[Event]:
+    """Run a trial with several workers: its events, as `attempt` gives them.
+
+    Dead workers are started again, and the trial goes on from its checkpoint. A Python exception in
+    a worker is a failure, and is not tried again.
     """
     yield Started()
     told = deaths = 0
     try:
         while True:
             known = told
-            told, said = yield from _attempt(spec, root, slot, claim, told)
-            if said is None:
+            told, died = yield from _attempt(spec, root, slot, claim, told)
+            if died is None:
                 return
             deaths = 1 if told > known else deaths + 1
-            if deaths > MAX_RETRIES:
+            if deaths > ray_cluster.MAX_RETRIES:
                 break
-    except Lost:
+    except LeaseLost:
         yield Held()
     except StorageError as error:
         yield Halted(str(error))
     else:
-        reason = f"its workers died {deaths} times ({said})"
-        yield lost(spec, root, slot, reason, claim.owner)
+        reason = f"its workers died {deaths} times ({died})"
+        yield record_death(spec, root, slot, reason, claim.owner)
 
 
 def _attempt(
@@ -55,11 +57,11 @@ def _attempt(
     Every attempt has a lease of its own: a worker that was thought dead can't spoil the next.
     """
     store = Store(root, spec.suite.name)
-    lease = Lease.acquire(store.place, spec.key, claim)
+    lease = Lease.acquire(store.location, spec.key, claim)
     if lease is None:
-        raise Lost
+        raise LeaseLost
     with lease, ThreadPoolExecutor(1) as pool:
-        found = meanwhile(store, spec.key, claim)
+        found = ended_meanwhile(store, spec.key, claim)
         if found:
             yield found
             return told, None
@@ -76,7 +78,7 @@ def _attempt(
                     yield EpochRecord.of(record)
             if ended:
                 break
-        leases.check(store.place, spec.key, lease.number)
+        leases.check_owned(store.location, spec.key, lease.number)
         row = _row(store, spec)
     if row.get("state") == "done":
         return told, None
@@ -101,7 +103,7 @@ def _fit(spec: TrialSpec, root: str, slot: Slot, lease: int) -> None:
 
     resources = spec.suite.resources
     each = {"CPU": resources.cpus} | ({"GPU": resources.gpus_each} if slot.gpu else {})
-    place = Store(root, spec.suite.name).place
+    location = Store(root, spec.suite.name).location
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"spec": spec, "root": root, "slot": slot, "lease": lease},
@@ -109,16 +111,16 @@ def _fit(spec: TrialSpec, root: str, slot: Slot, lease: int) -> None:
         scaling_config=ScalingConfig(
             num_workers=resources.world_size, use_gpu=slot.gpu, resources_per_worker=each
         ),
-        run_config=RunConfig(name=spec.key, storage_path=place.path(".train")),
+        run_config=RunConfig(name=spec.key, storage_path=location.path(".train")),
     )
     try:
         trainer.fit()
     finally:
-        place.remove(f".train/{spec.key}")
+        location.remove(f".train/{spec.key}")
 
 
 def _worker(config: dict[str, Any]) -> None:
-    for _ in owned(**config):
+    for _ in attempt_under_lease(**config):
         pass
 
 

@@ -1,4 +1,4 @@
-"""From a suite to its trials: what there is to run, and how far each one is."""
+"""From a suite to its trials: which there are, and how far each one is."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from harness.suite.config import Resources, Suite, TrialSpec
 from harness.tasks import build_task
 from harness.train import weights
 
-STATES = {None: "to do", "running": "partial", "done": "done", "failed": "failed"}
+STATE_NAMES = {None: "to do", "running": "partial", "done": "done", "failed": "failed"}
 
 
 class Trials(Sequence[TrialSpec]):
-    """The trials of a suite, each made when it is asked for.
+    """A sequence of trials, each made when it is asked for.
 
-    `choices`: one of the trial's experiment, its method and seed.
+    `choices`: for each trial one of the same experiment, its method and its seed.
     """
 
     def __init__(self, choices: Sequence[tuple[TrialSpec, str, int]]) -> None:
@@ -41,18 +41,18 @@ class Trials(Sequence[TrialSpec]):
         return len(self._choices)
 
     def those(self, wanted: Iterable[bool]) -> "Trials":
-        """Those for which it is true, one for each trial."""
+        """The trials for which `wanted`, with one value for each trial, is true."""
         return Trials(list(compress(self._choices, wanted)))
 
     def groups(self) -> "list[Trials]":
-        """Those of each experiment."""
+        """The trials of each experiment, experiment by experiment."""
         groups = dict.fromkeys(first.group for first, _, _ in self._choices)
         return [self.those(f.group == group for f, _, _ in self._choices) for group in groups]
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A trial and its state: to do, partial, done or failed."""
+class TrialState:
+    """A trial and how far it is; `state`: "to do", "partial", "done" or "failed"."""
 
     key: str
     group: str
@@ -69,16 +69,19 @@ def specs(
     seeds: str | None = None,
     synthetic: bool = False,
 ) -> Trials:
-    """The suite's trials, seed by seed so that a run broken off has whole comparisons.
+    """The trials of the suite called `name`: all methods of the first seed, then of the next.
 
-    `methods` and `seeds` are as on the command line: "baseline,neq", "0-4" or "0,2". Opens the
-    data for their fingerprint. Raises UserError for anything wrong in suite, choice or data.
+    So a run that is broken off has seeds with every method, which can be compared.
+
+    `settings`, `methods` and `seeds` are as on the command line: "recipe.epochs=5", "baseline,neq",
+    "0-4" or "0,2". Opens the data for their fingerprint. Raises UserError for anything wrong in
+    suite, choice or data.
     """
-    points, folder = files.experiments(name, settings)
-    shipped = name in files.builtin()
+    points, folder = files.load_experiments(name, settings)
+    shipped = name in files.shipped_suites()
     chosen = [chosen_methods(point, methods) for point in points]
     numbers = chosen_seeds(seeds) if seeds is not None else points[0].seeds
-    firsts = [_first(*located(p, folder, synthetic=synthetic), shipped) for p in points]
+    firsts = [_first(*resolved(p, folder, synthetic=synthetic), shipped) for p in points]
     return Trials(
         [
             (first, method, seed)
@@ -97,9 +100,9 @@ def _first(suite: Suite, folder: Path, shipped: bool) -> TrialSpec:
         folder=str(folder),
         method=next(iter(suite.methods)),
         seed=suite.seeds[0],
-        code=parts.code(suite, folder, shipped=shipped),
+        code=parts.code_digest(suite, folder, shipped=shipped),
         fingerprint=data.fingerprint(),
-        weights=weights.identity(suite.model.weights),
+        weights=weights.weights_identity(suite.model.weights),
         data_name=data.name,
         metric=build_task(suite, folder).metric,
     )
@@ -107,25 +110,28 @@ def _first(suite: Suite, folder: Path, shipped: bool) -> TrialSpec:
     return first
 
 
-def states(trials: Sequence[TrialSpec], root: str) -> list[Planned]:
-    """Each trial with its state below the results folder `root`."""
+def states(trials: Sequence[TrialSpec], root: str) -> list[TrialState]:
+    """The state of each trial in the results below `root`."""
     store = Store(root, trials[0].suite.name)
     rows = store.read("trials", ["trial", "state", "epochs_done"]).to_pylist()
     known = {row["trial"]: (row["state"], row["epochs_done"]) for row in rows}
     whole = store.with_rows()
-    planned = []
+    found = []
     for spec in trials:
         key = spec.key
         state, done = known.get(key, (None, 0))
         if state == "done" and key not in whole:
             state = "running"  # its checkpoint still has them
-        planned.append(Planned(key, spec.group, spec.method, spec.seed, STATES[state], done))
-    return planned
+        name = STATE_NAMES[state]
+        found.append(TrialState(key, spec.group, spec.method, spec.seed, name, done))
+    return found
 
 
-def located(suite: Suite, folder: Path, *, synthetic: bool) -> tuple[Suite, Path]:
-    """The suite with absolute paths, on noise where that is asked for, and with as many workers as
-    torchrun has started; raises UserError where it asks for another number.
+def resolved(suite: Suite, folder: Path, *, synthetic: bool) -> tuple[Suite, Path]:
+    """The suite as it is to be run here, and its folder.
+
+    Paths are absolute, the data noise where that is asked for, and the workers as many as torchrun
+    has started. Raises UserError where the suite asks for another number of them.
     """
     data, model = suite.data, suite.model
     synthetic = synthetic or data.synthetic
@@ -157,7 +163,10 @@ def _launched(suite: Suite) -> Resources:
 
 
 def chosen_methods(suite: Suite, chosen: str | None) -> list[str]:
-    """By `--methods`, or the suite's own choice; raises UserError for one that it does not have."""
+    """The names of the methods to run: those of `--methods`, or the suite's own choice.
+
+    Raises UserError for a method that the suite does not have, or that lacks validation images.
+    """
     names = list(suite.default_methods or suite.methods)
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
@@ -181,7 +190,7 @@ def chosen_methods(suite: Suite, chosen: str | None) -> list[str]:
 
 
 def chosen_seeds(text: str) -> list[int]:
-    """By `--seeds`; raises UserError for what is none."""
+    """The numbers that `--seeds` names ("0-4", "0,2"); raises UserError for anything else."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

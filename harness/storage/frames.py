@@ -6,30 +6,34 @@ from dataclasses import dataclass, field
 import pandas as pd
 import pyarrow as pa
 
-from harness.storage.requests import Plan
-from harness.storage.store import Store, stores
+from harness.storage.requests import Request, read_requests
+from harness.storage.store import Store, find_stores
 
 
 @dataclass(kw_only=True)
 class Results:
-    """`trials` and `epochs`, with the columns of results/README.md, each trial once; `plans`: what
-    was asked for, the oldest first; `twice`: trials that lie in several folders, of which the one
-    that is done, or further on, is taken.
+    """Results as data frames, each trial once, with the columns of results/README.md.
+
+    `trials` has one more: `results`, the folder that a trial was taken from. `requests`: what runs
+    were asked for, the oldest first. `twice`: trials that lie in several folders → those folders;
+    the copy that is done, or furthest on, is taken.
     """
 
     trials: pd.DataFrame
     epochs: pd.DataFrame
-    plans: list[Plan] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     twice: dict[str, list[str]] = field(default_factory=dict)
     _origins: list[tuple[Store, set[str]]] = field(default_factory=list)
 
     @property
     def layers(self) -> pd.DataFrame:
-        """All rows of `layers`, read when asked for: many."""
+        """All rows of `layers`, one for each epoch and layer; read when asked for, since they are
+        many.
+        """
         return self.layers_of(None)
 
     def layers_of(self, trials: Container[str] | None) -> pd.DataFrame:
-        """Those of some trials."""
+        """The rows of `layers` of these trials; None: of all."""
         tables = [
             store.read("layers", only=keys if trials is None else {k for k in keys if k in trials})
             for store, keys in self._origins
@@ -45,25 +49,31 @@ def load_results(*where: str, root: str = "results") -> Results:
     results; default: all below `root`. Raises harness.errors.UserError where there are none, or
     where they are damaged.
     """
-    return read(found(where or (root,), root))
+    return read_results(stores_named(where or (root,), root))
 
 
-def found(where: Iterable[str], root: str) -> list[Store]:
-    """The stores meant, each once; raises NothingError."""
-    known = {store.place.uri: store for each in where for store in stores(each, root)}
+def stores_named(where: Iterable[str], root: str) -> list[Store]:
+    """The stores that `find_stores` finds for each name, each once; raises NothingError."""
+    known = {store.location.uri: store for each in where for store in find_stores(each, root)}
     return list(known.values())
 
 
-def read(
+def read_results(
     found: Iterable[Store],
     trial_columns: list[str] | None = None,
     epoch_columns: list[str] | None = None,
 ) -> Results:
-    """All rows of these stores; of a trial in several, those of the one that went furthest."""
+    """All rows of these stores; of a trial in several, those of the one that went furthest.
+
+    `trial_columns`, `epoch_columns`: names of columns to read (default: all).
+    """
     found = list(found)
     tables = [store.read("trials", trial_columns).to_pandas() for store in found]
     trials = pd.concat(
-        [table.assign(results=store.place.uri) for store, table in zip(found, tables, strict=True)],
+        [
+            table.assign(results=store.location.uri)
+            for store, table in zip(found, tables, strict=True)
+        ],
         ignore_index=True,
     )
     trials["_done"] = trials["state"] == "done"
@@ -72,7 +82,7 @@ def read(
     kept = order[~order["trial"].duplicated()].sort_values("started", kind="stable")
     several = order[order["trial"].duplicated(keep=False)].groupby("trial")["results"]
     origins = [
-        (store, set(kept.loc[kept["results"] == store.place.uri, "trial"])) for store in found
+        (store, set(kept.loc[kept["results"] == store.location.uri, "trial"])) for store in found
     ]
     epochs = pa.concat_tables(
         [store.read("epochs", epoch_columns, only=keys) for store, keys in origins]
@@ -80,7 +90,9 @@ def read(
     return Results(
         trials=kept.reset_index(drop=True),
         epochs=epochs.to_pandas(categories=["trial", "group"]),
-        plans=sorted((p for store in found for p in store.plans()), key=lambda p: p.written),
+        requests=sorted(
+            (r for store in found for r in read_requests(store.location)), key=lambda r: r.written
+        ),
         twice={str(trial): list(uris) for trial, uris in several},
         _origins=origins,
     )

@@ -1,5 +1,10 @@
-"""Where results lie: a folder on disk, or a prefix of a bucket. Whole files in, whole files out."""
+"""Where results lie: a folder on disk, or a prefix of a bucket. Whole files in, whole files out.
 
+All that the rest of this room needs of a disk or an object store is here: replace a file so that a
+reader sees the old one or the new one, and create a file that must not exist yet.
+"""
+
+import hashlib
 import os
 import re
 import shutil
@@ -12,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 
 BUCKETS = ("s3", "gs")
 PART = r"[\w.=+-]+"  # of a bucket's URI
@@ -20,11 +25,19 @@ RETRY = 15  # seconds for which an object store is asked again: less than a leas
 
 
 class StorageError(UserError):
-    """The place can't be read or written now. What is committed there stays."""
+    """The location can't be read or written now. What is committed there stays."""
 
 
-def place(root: str | Path, *below: str) -> "Place":
-    """The place called `root`, a path or a URI; raises UserError for one that can't be."""
+def checksum(data: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def open_location(root: str | Path, *below: str) -> "Location":
+    """The location of `root`, a path or a URI (file, s3, gs), or of a folder below it.
+
+    Nothing is created or looked at yet. Raises UserError for what can be no location.
+    """
     text = str(root)
     scheme, _, rest = text.partition("://")
     if "\0" not in text and not re.match(r"[\w+.-]+:/", text):
@@ -42,55 +55,58 @@ def place(root: str | Path, *below: str) -> "Place":
     return Bucket("/".join([f"{scheme}:/", *parts, *below]))
 
 
-class Place(ABC):
+class Location(ABC):
     """Files by name ("epochs/x.parquet"). Those that start with a dot are their writer's alone.
 
-    All methods raise StorageError where the disk or the network fails.
+    `uri`: the location's own name, as a user writes it; `readers`: how many files are worth reading
+    at a time. All methods raise StorageError where the disk or the network fails.
     """
 
     uri: str
-    readers = 1  # files that are worth reading at a time
+    readers = 1
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """The whole file; None where there is none."""
+        """The bytes of the whole file; None where there is none."""
 
     @abstractmethod
     def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
         """Replace the file; whoever reads it sees the old one or the new one.
 
-        `last` is called right before that, and prevents it by raising.
+        `last` is called right before it is replaced, and prevents that by raising.
         """
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that does not exist yet: of several who try, one gets True."""
+        """Write a file that does not exist yet: of several who try, exactly one gets True."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Of the files and folders in it, sorted; none where there is no such folder."""
+        """Names of the files and folders in `folder`, sorted; none where there is no such
+        folder.
+        """
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """A file or a whole folder; nothing happens where there is none."""
+        """Remove a file or a whole folder; nothing happens where there is none."""
 
     def sweep(self, folder: str) -> None:  # noqa: B027 — for those that leave any
-        """Remove what writers left in it that were killed, where nobody else writes."""
+        """Remove what killed writers left in a folder in which nobody else writes."""
 
     def path(self, name: str) -> str:
-        """How a person finds the file."""
+        """The whole name of the file, by which a person finds it."""
         return f"{self.uri}/{name}"
 
 
-class Folder(Place):
-    """On this machine's disk, or a mount that others share."""
+class Folder(Location):
+    """A folder on this machine's disk, or on a mount that others share."""
 
     def __init__(self, path: Path) -> None:
         self.uri = str(path)
         self._path = path
 
     def read(self, name: str) -> bytes | None:
-        """See Place."""
+        """See Location."""
         with self._failing("read", name):
             try:
                 return (self._path / name).read_bytes()
@@ -98,12 +114,14 @@ class Folder(Place):
                 return None
 
     def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
-        """To a temporary file beside it, through to the disk, renamed over."""
+        """Write a temporary file beside it, through to the disk, and rename it over the file."""
         path = self._path / name
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")
         with self._failing("written", name):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                # A rename within one folder is atomic; fsync first, or a power cut could leave the
+                # new name on an empty file.
                 _flushed(temporary, data)
                 if last:
                     last()
@@ -112,18 +130,19 @@ class Folder(Place):
                 temporary.unlink(missing_ok=True)
 
     def create(self, name: str, data: bytes) -> bool:
-        """See Place."""
+        """See Location."""
         path = self._path / name
         with self._failing("written", name):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                # O_EXCL decides between several who try, on NFS, too.
                 _flushed(path, data)
             except FileExistsError:
                 return False
         return True
 
     def names(self, folder: str) -> list[str]:
-        """See Place."""
+        """See Location."""
         with self._failing("read", folder):
             try:
                 return sorted(p.name for p in (self._path / folder).iterdir() if p.name[0] != ".")
@@ -131,7 +150,7 @@ class Folder(Place):
                 return []
 
     def remove(self, name: str) -> None:
-        """See Place."""
+        """See Location."""
         path = self._path / name
         with self._failing("written", name):
             if path.is_dir():
@@ -140,7 +159,7 @@ class Folder(Place):
                 path.unlink(missing_ok=True)
 
     def sweep(self, folder: str) -> None:
-        """See Place."""
+        """See Location."""
         with self._failing("written", folder):
             for path in (self._path / folder).glob(".*"):
                 path.unlink(missing_ok=True)
@@ -150,14 +169,15 @@ class Folder(Place):
         try:
             yield
         except OSError as error:
+            why = error.strerror or one_line(error)
             raise StorageError(
-                f"{self.path(name)} can't be {done}: {error.strerror or line(error)}; mend that "
+                f"{self.path(name)} can't be {done}: {why}; mend that "
                 "and run the same command again (or choose another place with --results)"
             ) from None
 
 
 def _flushed(path: Path, data: bytes) -> None:
-    """A new file, or none."""
+    """Write a new file through to the disk; where that fails there is none."""
     with path.open("xb") as file:
         try:
             file.write(data)
@@ -168,7 +188,7 @@ def _flushed(path: Path, data: bytes) -> None:
             raise
 
 
-class Bucket(Place):
+class Bucket(Location):
     """A prefix of an object store. A read is one get and a write one put, seen whole or not at all.
 
     Through obstore: pyarrow.fs asks for a file's size and then for that many bytes of whatever lies
@@ -181,7 +201,7 @@ class Bucket(Place):
         self.uri = uri
 
     def read(self, name: str) -> bytes | None:
-        """See Place."""
+        """See Location."""
         with self._failing("read", name) as store:
             try:
                 return bytes(self._obstore.get(store, name).bytes())
@@ -189,14 +209,14 @@ class Bucket(Place):
                 return None
 
     def write(self, name: str, data: bytes, last: Callable[[], None] | None = None) -> None:
-        """See Place."""
+        """See Location."""
         with self._failing("written", name) as store:
             if last:
                 last()
             self._obstore.put(store, name, data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """See Place."""
+        """See Location."""
         with self._failing("written", name) as store:
             try:
                 self._obstore.put(store, name, data, mode="create")
@@ -205,7 +225,7 @@ class Bucket(Place):
         return True
 
     def names(self, folder: str) -> list[str]:
-        """See Place."""
+        """See Location."""
         prefix = f"{folder}/" if folder else ""
         with self._failing("read", folder) as store:
             found = self._obstore.list_with_delimiter(store, prefix)
@@ -214,7 +234,7 @@ class Bucket(Place):
         return sorted(name for name in names if name and name[0] != ".")
 
     def remove(self, name: str) -> None:
-        """See Place."""
+        """See Location."""
         with self._failing("written", name) as store:
             inside = [file["path"] for file in self._obstore.list(store, f"{name}/").collect()]
             with suppress(FileNotFoundError):
@@ -246,9 +266,9 @@ class Bucket(Place):
         try:
             yield self._store
         except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
-            said = line(error).partition(" Debug source")[0]
+            why = one_line(error).partition(" Debug source")[0]
             raise StorageError(
-                f"{self.path(name)} can't be {done}: {said}; check bucket, network, region "
+                f"{self.path(name)} can't be {done}: {why}; check bucket, network, region "
                 "(AWS_REGION) and keys (AWS_ACCESS_KEY_ID, …; ~/.aws is not read), then run the "
                 "same command again"
             ) from None

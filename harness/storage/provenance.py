@@ -1,9 +1,10 @@
-"""What a trial ran on: code, versions, hardware. No host names."""
+"""What a trial runs on: its slot, the hardware, the code and its versions. No host names."""
 
 import json
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +13,25 @@ from typing import Any
 PACKAGES = ("neqbench", "torch", "torchvision", "fvcore", "ray", "numpy", "pyarrow")
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for one trial: on a GPU or on the CPU, and how many trials share that at a time."""
+
+    gpu: bool
+    sharing: int
+
+    @property
+    def device(self) -> str:
+        """Name of the torch device: cuda or cpu."""
+        return "cuda" if self.gpu else "cpu"
+
+
 @cache
 def provenance(gpu: bool) -> dict[str, Any]:
-    """Columns of `trials`; None for what does not apply or can't be told."""
+    """Columns of `trials`: hardware, commit and versions; None for what can't be told.
+
+    `gpu`: whether the trial computes on one; else its model and driver are None.
+    """
     return {
         "cpu": _cpu(),
         "gpu": _gpu() if gpu else None,
@@ -29,7 +46,9 @@ def provenance(gpu: bool) -> dict[str, Any]:
 
 
 def hardware(gpu: bool) -> str:
-    """The kind of device that this process computes on; of a CPU, with how many threads."""
+    """The model of the device that this process computes on; of a CPU with its number of
+    threads.
+    """
     import torch
 
     if gpu:
@@ -39,7 +58,7 @@ def hardware(gpu: bool) -> str:
 
 
 def _code() -> dict[str, Any]:
-    """Of the checkout; "SHA" or "SHA dirty" in NEQBENCH_CODE where there is none."""
+    """The commit: of the checkout, or "SHA" or "SHA dirty" in NEQBENCH_CODE where there is none."""
     given = os.environ.get("NEQBENCH_CODE", "").split()
     if given:
         return {"git_sha": given[0], "git_dirty": "dirty" in given[1:]}

@@ -1,144 +1,214 @@
-"""What a trial reports: one record per epoch, and the fixed schemas of the three tables."""
+"""The three tables of results, and the record of one epoch.
 
-from dataclasses import asdict, dataclass
+A column is declared once, here, with its type, its meaning and who reads it. The Arrow schemas, the
+fields of `EpochRecord`, what the report reads and the tables of results/README.md follow from that.
+To add one to `epochs`: declare it with the next `since`, raise VERSION, give its value in
+`train.trial`, and put its line into results/README.md, which a test holds against this file.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 from harness.suite.config import TrialSpec
 
-SCHEMA_VERSION = "2"
-READABLE = {"1": {"energy_joules"}, SCHEMA_VERSION: set[str]()}  # with columns still missing there
+VERSION = 2  # raise with every column that is added
+SCHEMA_VERSION = str(VERSION)
 REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+INTEGER, NUMBER, TEXT, YES_NO = pa.int64(), pa.float64(), pa.string(), pa.bool_()
+TIME, NUMBERS = pa.timestamp("us", tz="UTC"), pa.list_(pa.float64())
+_ARROW = {int: INTEGER, float: NUMBER, int | None: INTEGER, float | None: NUMBER}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredColumn:
+    """One column of a table.
+
+    `meaning`: its line in results/README.md. `reported`: whether the report reads it. `since`: the
+    schema version that brought it; in files of earlier versions it is read as null.
+    """
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    reported: bool = True
+    since: int = 1
+
+
+def _column(meaning: str, *, reported: bool = True, since: int = 1, by_layer: bool = False) -> Any:
+    """A field of EpochRecord, declared as a column; `by_layer`: `layers` has it, too."""
+    told = {"meaning": meaning, "reported": reported, "since": since}
+    return field(metadata={"column": told, "by_layer": by_layer})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
-    """One epoch of one trial: a row of `epochs`. FLOPs are totals of the epoch; shares are 0 to 1;
-    None is "not measured". Frozen counts and FLOPs are of the mask in force during the epoch.
+    """One epoch of one trial, a row of `epochs`.
+
+    FLOPs are totals of the epoch, shares lie between 0 and 1, and None means "not measured". Frozen
+    counts and FLOPs are those of the mask in force during the epoch.
     """
 
-    epoch: int
-    samples: int
-    lr: float
-    train_loss: float
-    val_loss: float | None
-    test_loss: float
-    test_metric: float
-    frozen_neurons: int
-    total_neurons: int
-    forward_flops: int
-    backward_flops_dense: int
-    backward_flops_paper: int
-    backward_flops_required: int
-    backward_flops_executed: int | None
-    overhead_flops: int
-    seconds_train: float
-    seconds_equilibrium: float
-    seconds_test: float
-    seconds_checkpoint: float | None
-    peak_memory_bytes: int | None
-    energy_joules: float | None
+    epoch: int = _column("number of the epoch, from 0")
+    samples: int = _column("samples trained on")
+    lr: float = _column("learning rate of the first parameter group at the start of the epoch")
+    train_loss: float = _column("mean loss over the training samples", reported=False)
+    val_loss: float | None = _column("mean loss over the validation samples", reported=False)
+    test_loss: float = _column("mean loss over the test samples", reported=False)
+    test_metric: float = _column("what `metric` of `trials` names, a share from 0 to 1")
+    frozen_neurons: int = _column("neurons frozen during the epoch")
+    total_neurons: int = _column("all neurons of the model")
+    forward_flops: int = _column("FLOPs of the training forwards", reported=False, by_layer=True)
+    backward_flops_dense: int = _column(
+        "of the backwards with nothing frozen: weight and input gradients", by_layer=True
+    )
+    backward_flops_paper: int = _column(
+        "of the backwards by the published convention", by_layer=True
+    )
+    backward_flops_required: int = _column(
+        "the least that exact backwards can do with this mask", by_layer=True
+    )
+    backward_flops_executed: int | None = _column(
+        "what the kernels of the plan in force really did", by_layer=True
+    )
+    overhead_flops: int = _column("FLOPs of deciding who freezes next")
+    seconds_train: float = _column("seconds of training, by the first worker's clock")
+    seconds_equilibrium: float = _column("seconds of deciding")
+    seconds_test: float = _column("seconds of validation and test", reported=False)
+    seconds_checkpoint: float | None = _column("seconds of the commit", reported=False)
+    peak_memory_bytes: int | None = _column(
+        "peak memory of the GPU, of the worker that needed most; null on a CPU"
+    )
+    energy_joules: float | None = _column(
+        "energy of training and deciding, of all GPUs of the trial by their own counters; null on "
+        "a CPU, on a GPU that trials share, and without `neqbench[energy]`",
+        since=2,
+    )
 
     def row(self) -> dict[str, Any]:
-        """As a row of the table."""
+        """The record as a row of the table: column name → value."""
         return asdict(self)
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> Self:
-        """From a row of the table."""
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The record in a row of the table; columns of no epoch are passed over."""
         values: dict[str, Any] = {name: row.get(name) for name in cls.__dataclass_fields__}
         return cls(**values)
 
 
-_IDENTITY = [
-    ("trial", pa.string()),
-    ("group", pa.string()),
-    ("suite", pa.string()),
-    ("method", pa.string()),
-    ("seed", pa.int64()),
-]
-_FLOPS = [
-    ("forward_flops", pa.int64()),
-    ("backward_flops_dense", pa.int64()),
-    ("backward_flops_paper", pa.int64()),
-    ("backward_flops_required", pa.int64()),
-    ("backward_flops_executed", pa.int64()),
-]
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a trial could not be finished, in a line, and the traceback where there is one."""
+
+    reason: str
+    traceback: str
 
 
-def _schema(columns: list[tuple[str, Any]]) -> pa.Schema:
-    return pa.schema(_IDENTITY + columns, metadata={"neqbench.schema": SCHEMA_VERSION})
+def flops_columns(forward: int, backward: Mapping[str, int]) -> dict[str, int]:
+    """The FLOPs columns that `epochs` and `layers` share; `backward`: "dense", "paper", … →
+    FLOPs.
+    """
+    return {"forward_flops": forward} | {
+        f"backward_flops_{name}": flops for name, flops in backward.items()
+    }
 
 
-SCHEMAS: dict[str, pa.Schema] = {
-    "trials": _schema(
-        [
-            ("state", pa.string()),
-            ("reason", pa.string()),
-            ("traceback", pa.string()),
-            ("epochs", pa.int64()),
-            ("epochs_done", pa.int64()),
-            ("metric", pa.string()),
-            ("title", pa.string()),
-            ("experiment", pa.string()),
-            ("parameters", pa.string()),
-            ("data", pa.string()),
-            ("data_fingerprint", pa.string()),
-            ("attempts", pa.int64()),
-            ("trials_on_device", pa.int64()),
-            ("threads", pa.int64()),
-            ("device", pa.string()),
-            ("cpu", pa.string()),
-            ("gpu", pa.string()),
-            ("driver", pa.string()),
-            ("git_sha", pa.string()),
-            ("git_dirty", pa.bool_()),
-            ("versions", pa.string()),
-            ("started", pa.timestamp("us", tz="UTC")),
-            ("updated", pa.timestamp("us", tz="UTC")),
-        ]
+def _of_record(*, by_layer: bool) -> Iterable[DeclaredColumn]:
+    """The columns that EpochRecord declares: all, or those that `layers` has as well."""
+    for each in fields(EpochRecord):
+        if each.metadata["by_layer"] or not by_layer:
+            yield DeclaredColumn(
+                name=each.name,
+                type=_ARROW[each.type],  # type: ignore[index]
+                **each.metadata["column"],
+            )
+
+
+def _told(
+    name: str, kind: pa.DataType, meaning: str, *, reported: bool = True, since: int = 1
+) -> DeclaredColumn:
+    return DeclaredColumn(name=name, type=kind, meaning=meaning, reported=reported, since=since)
+
+
+IDENTITY = (
+    _told("trial", TEXT, "hash of all that defines the trial"),
+    _told("group", TEXT, "hash of the same without method and seed: what may stand in one table"),
+    _told("suite", TEXT, "name of the suite", reported=False),
+    _told("method", TEXT, "name of the method in the suite", reported=False),
+    _told("seed", INTEGER, "seed of all random streams", reported=False),
+)
+COLUMNS: dict[str, tuple[DeclaredColumn, ...]] = {
+    "trials": (
+        _told("state", TEXT, "running, done or failed"),
+        _told("reason", TEXT, "why it failed, in a line"),
+        _told("traceback", TEXT, "where it failed", reported=False),
+        _told("epochs", INTEGER, "epochs of the recipe"),
+        _told("epochs_done", INTEGER, "epochs committed"),
+        _told("metric", TEXT, "what `test_metric` of `epochs` measures"),
+        _told("title", TEXT, "the suite's title"),
+        _told(
+            "experiment",
+            TEXT,
+            "JSON: recipe, model, data and `world_size`, the number of workers that shared each "
+            "batch (BatchNorm saw `recipe.forward_batch` samples at a time, by default "
+            "`batch_size` / `world_size`); `data.synthetic`: whether it was trained on noise",
+        ),
+        _told("parameters", TEXT, "JSON: the method's parameters"),
+        _told("data", TEXT, "name of the data"),
+        _told("data_fingerprint", TEXT, "hash of counts, labels and some decoded samples"),
+        _told("attempts", INTEGER, "how often the trial was begun or gone on with"),
+        _told(
+            "trials_on_device",
+            INTEGER,
+            "trials that shared the CPU or GPU: above 1, seconds are no measurement",
+        ),
+        _told("threads", INTEGER, "threads of torch on the CPU"),
+        _told("device", TEXT, "cpu or cuda"),
+        _told("cpu", TEXT, 'model of the CPU (several, with "; " between, where attempts differ)'),
+        _told("gpu", TEXT, "model of the GPU, likewise"),
+        _told("driver", TEXT, "version of the GPU's driver, likewise", reported=False),
+        _told("git_sha", TEXT, "commit of the code"),
+        _told("git_dirty", YES_NO, "whether the code had uncommitted changes"),
+        _told("versions", TEXT, "JSON: versions of Python and packages"),
+        _told("started", TIME, "when the first attempt began"),
+        _told("updated", TIME, "when this row was written"),
     ),
-    "epochs": _schema(
-        [
-            ("epoch", pa.int64()),
-            ("samples", pa.int64()),
-            ("lr", pa.float64()),
-            ("train_loss", pa.float64()),
-            ("val_loss", pa.float64()),
-            ("test_loss", pa.float64()),
-            ("test_metric", pa.float64()),
-            ("frozen_neurons", pa.int64()),
-            ("total_neurons", pa.int64()),
-            *_FLOPS,
-            ("overhead_flops", pa.int64()),
-            ("seconds_train", pa.float64()),
-            ("seconds_equilibrium", pa.float64()),
-            ("seconds_test", pa.float64()),
-            ("seconds_checkpoint", pa.float64()),
-            ("peak_memory_bytes", pa.int64()),
-            ("energy_joules", pa.float64()),
-        ]
-    ),
-    "layers": _schema(
-        [
-            ("epoch", pa.int64()),
-            ("layer", pa.string()),
-            ("neurons", pa.int64()),
-            ("frozen", pa.int64()),
-            *_FLOPS,
-            *((f"{name}_quantiles", pa.list_(pa.float64())) for name in ("phi", "delta_phi")),
-            ("velocity_quantiles", pa.list_(pa.float64())),
-        ]
+    "epochs": tuple(_of_record(by_layer=False)),
+    "layers": (
+        _told("epoch", INTEGER, "number of the epoch, from 0"),
+        _told("layer", TEXT, "name of the layer's module"),
+        _told("neurons", INTEGER, "neurons of the layer"),
+        _told("frozen", INTEGER, "how many of them were frozen during the epoch"),
+        *_of_record(by_layer=True),
+        _told("phi_quantiles", NUMBERS, "quantiles 0, 5, 25, 50, 75, 95, 100 % of phi"),
+        _told("delta_phi_quantiles", NUMBERS, "the same of delta-phi"),
+        _told("velocity_quantiles", NUMBERS, "the same of the velocity"),
     ),
 }
+SCHEMAS: dict[str, pa.Schema] = {
+    kind: pa.schema(
+        [(column.name, column.type) for column in (*IDENTITY, *columns)],
+        metadata={"neqbench.schema": SCHEMA_VERSION},
+    )
+    for kind, columns in COLUMNS.items()
+}
+READABLE = tuple(str(version) for version in range(1, VERSION + 1))
+
+
+def reported(kind: str) -> list[str]:
+    """Names of the columns of a table that the report reads."""
+    whose = [column.name for column in IDENTITY if column.reported or kind == "trials"]
+    return whose + [column.name for column in COLUMNS[kind] if column.reported]
 
 
 def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Table:
-    """`rows` as a table of `kind`, with the columns that say whose they are."""
+    """`rows` as a table of `kind` ("trials", "epochs", "layers"), with whose they are in front."""
     identity = {
         "trial": spec.key,
         "group": spec.group,
@@ -149,41 +219,49 @@ def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Tab
     return pa.Table.from_pylist([identity | row for row in rows], schema=SCHEMAS[kind])
 
 
-def to_bytes(table: pa.Table) -> bytes:
-    """Arrow's own file format, to be kept inside a checkpoint."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def from_bytes(data: bytes) -> pa.Table:
-    """The inverse of `to_bytes`."""
-    return pa.ipc.open_file(pa.py_buffer(data)).read_all()
-
-
 def from_parquet(data: bytes, path: str, kind: str, columns: list[str] | None) -> pa.Table:
-    """The rows in a file of one table; raises UserError for a damaged file and another version."""
+    """The table of `kind` in the bytes of a parquet file, or some of its columns.
+
+    Columns that are newer than the file are null. Raises UserError, naming `path`, for a damaged
+    file and for one of another version.
+    """
     try:
         # From memory: by its path a file is opened twice, and may be replaced in between.
         file = pq.ParquetFile(pa.py_buffer(data))
         written = file.schema_arrow
         version = (written.metadata or {}).get(b"neqbench.schema", b"?").decode(errors="replace")
-        missing = READABLE.get(version, set()) & set(SCHEMAS[kind].names)
+        missing = _newer_than(version, kind)
         fitting = version in READABLE and written.equals(_without(SCHEMAS[kind], missing))
         names = columns or SCHEMAS[kind].names
         table = file.read([n for n in names if n in written.names], use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({line(error)[:100]}); {REWRITTEN}") from None
+        raise UserError(f"{path} is damaged ({one_line(error)[:100]}); {REWRITTEN}") from None
     if not fitting:
         raise UserError(
             f"{path}: schema version {version}, this neqbench reads version {SCHEMA_VERSION}; "
             "use the neqbench that wrote it, or another --results"
         )
-    for name in missing.intersection(names):
-        absent = pa.nulls(len(table), SCHEMAS[kind].field(name).type)
-        table = table.append_column(SCHEMAS[kind].field(name), absent)
-    return table.select(names)
+    return with_newer_columns(table, kind, names)
+
+
+def with_newer_columns(table: pa.Table, kind: str, names: list[str] | None = None) -> pa.Table:
+    """`table` of an earlier version with the columns called `names` (default: all of today's).
+
+    Those that it does not have are null.
+    """
+    names = names or SCHEMAS[kind].names
+    for name in names:
+        if name not in table.column_names:
+            absent = pa.nulls(len(table), SCHEMAS[kind].field(name).type)
+            table = table.append_column(SCHEMAS[kind].field(name), absent)
+    return table.select(names).replace_schema_metadata(SCHEMAS[kind].metadata)
+
+
+def _newer_than(version: str, kind: str) -> set[str]:
+    if version not in READABLE:
+        return set()
+    columns = (*IDENTITY, *COLUMNS[kind])
+    return {column.name for column in columns if column.since > int(version)}
 
 
 def _without(schema: pa.Schema, names: set[str]) -> pa.Schema:

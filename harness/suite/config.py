@@ -1,4 +1,4 @@
-"""What a suite says: its parts, recipe, methods and resources, and the key of a trial."""
+"""What a suite's file may say, as validated models, and what identifies a trial."""
 
 import hashlib
 import json
@@ -26,19 +26,19 @@ ImportString = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 
 
 class Strict(BaseModel):
-    """No unknown keys, no changes, no infinities."""
+    """A part of a suite: unknown keys, infinities and later changes are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Named(BaseModel):
-    """A torch class by name; all other keys are its arguments."""
+class TorchClass(BaseModel):
+    """A class of torch by its `name`, such as SGD; all other keys are its arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str
 
     @model_validator(mode="after")
-    def _finite(self) -> "Named":
+    def _finite(self) -> "TorchClass":
         for key, value in self.arguments.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} must be finite, got {value}")
@@ -46,16 +46,17 @@ class Named(BaseModel):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the class."""
+        """Keyword arguments for the class."""
         return dict(self.model_extra or {})
 
 
 class Model(Strict):
-    """`build(**arguments)` returns the module; `input` is the shape of one sample.
+    """The model: `build(**arguments)` returns it, and `input` is the shape of one sample.
 
-    `weights`: where training starts from: a file, "torchvision:NAME" or "timm:NAME" (default: from
-    scratch); `weights_into`: the part of the model that they are for. `unpublished`: layers that
-    the published count leaves out.
+    `exclude`: layers, or dotted prefixes of their names, that are read and never freeze. `weights`:
+    what training starts from: a file, "torchvision:NAME" or "timm:NAME" (default: from scratch);
+    `weights_into`: the part of the model that they are for. `unpublished`: layers that the
+    published count leaves out.
     """
 
     build: ImportString
@@ -68,9 +69,10 @@ class Model(Strict):
 
 
 class Data(Strict):
-    """`load(options)` returns the images; sizes are counted in images; `arguments` are its own.
+    """The data: `load(options)` returns Images or Samples, given this table as `options`.
 
-    `train_size`: how many of the training set are used at all (default: every one);
+    `root`: where files lie; `arguments`: whatever `load` likes to be told. Sizes are counted in
+    images. `train_size`: how many of the training set are used at all (default: every one);
     `validation_size`: how many of those are set aside for deciding. Both are drawn with
     `split_seed`, the same for every run. `synthetic`: noise of the right shape instead.
     `download(options)` fetches what is missing below `root`, for `neqbench prepare`.
@@ -101,18 +103,18 @@ class Recipe(Strict):
     batch_size: Count
     forward_batch: Annotated[int, Field(ge=2, strict=True)] | None = None
     precision: Literal["float32", "bf16", "fp16"]
-    optimizer: Named
+    optimizer: TorchClass
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
-    scheduler: Named | None = None
+    scheduler: TorchClass | None = None
     schedule: Literal["epoch", "iteration"] = "epoch"
 
     def forward_size(self, workers: int) -> int:
-        """Samples of one forward of one of `workers` workers, at the most."""
+        """Samples of the largest microbatch of one of `workers` workers."""
         return forward_size(self.batch_size, self.forward_batch, workers)
 
 
 class Resources(Strict):
-    """What a trial is given: `cpus` for each of its `workers`, data-parallel processes.
+    """What a trial may use: `cpus` for each of its `workers`, which are data-parallel processes.
 
     `gpus`: of the whole trial; "auto": one for each worker where the machine or cluster has any.
     Several GPUs make as many workers. `time_limit`: seconds that a trial may take in one run; one
@@ -137,13 +139,13 @@ class Resources(Strict):
 
     @property
     def world_size(self) -> int:
-        """Data-parallel processes of one trial."""
+        """How many data-parallel processes one trial has."""
         gpus = 1 if self.gpus == "auto" else max(int(self.gpus), 1)
         return self.workers or gpus
 
     @property
     def gpus_each(self) -> float:
-        """Of one worker, where there are GPUs."""
+        """GPUs, or the share of one, for each worker, where there are any."""
         return 1.0 if self.gpus == "auto" else self.gpus / self.world_size
 
 
@@ -184,10 +186,12 @@ class Published(Strict):
 
 
 class Suite(Strict):
-    """A workload and everything that is run on it.
+    """A workload and everything that is run on it: a suite's file, validated.
 
-    `margin`: the loss of the metric that is accepted, in percentage points. `point`: of a sweep,
-    what was chosen for this experiment, by path.
+    `task(**task_arguments)` returns the harness.tasks.Task. `methods`: by the name that a user
+    gives them; `default_methods`: those that are run where none are named. `margin`: the loss of
+    the metric that is accepted, in percentage points. `point`: of a sweep, what was chosen for this
+    experiment, by path.
     """
 
     name: Name
@@ -225,7 +229,7 @@ class Suite(Strict):
         return self
 
     def experiment(self) -> dict[str, Any]:
-        """What all trials of a group share: everything that defines the numbers, no paths."""
+        """What all trials of a group share: everything that defines the numbers, and no paths."""
         parts = {"name", "task", "task_arguments", "model", "data", "recipe"}
         values = self.model_dump(mode="json", include=parts)
         del values["data"]["root"], values["data"]["download"], values["model"]["weights"]
@@ -233,7 +237,7 @@ class Suite(Strict):
 
 
 class TrialSpec(Strict):
-    """One trial: a suite's experiment with one method and one seed, on data already seen.
+    """One trial: a suite's experiment with one method and one seed, on data that were looked at.
 
     `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's;
     `fingerprint`: of the data, from their content; `weights`: of what training starts from;
@@ -252,32 +256,34 @@ class TrialSpec(Strict):
 
     @cached_property
     def group(self) -> str:
-        """Hash of all but method and seed: what may stand in one table."""
+        """Hash of all but method and seed: trials that share it may stand in one table."""
         seen = {"code": self.code, "data_fingerprint": self.fingerprint, "weights": self.weights}
         return digest(self.suite.experiment() | seen)
 
     @property
     def key(self) -> str:
-        """Hash of what defines the trial: the name under which its results are kept."""
-        method = self.spec.model_dump(mode="json")
+        """Hash of all that defines the trial: the name under which its results are kept."""
+        method = self.method_spec.model_dump(mode="json")
         return digest(
             {"group": self.group, "name": self.method, "method": method, "seed": self.seed}
         )
 
     @property
-    def spec(self) -> MethodSpec:
+    def method_spec(self) -> MethodSpec:
         """The method's parameters."""
         return self.suite.methods[self.method]
 
 
 def forward_size(batch_size: int, forward_batch: int | None, workers: int) -> int:
-    """Samples of one forward of one of `workers` workers, at the most."""
+    """Samples of the largest microbatch of one of `workers` workers: its share of a batch, or
+    `forward_batch` where that is less.
+    """
     share = -(-batch_size // workers)
     return min(forward_batch or share, share)
 
 
 def digest(value: dict[str, Any]) -> str:
-    """Hash of plain values, in whatever order they stand."""
+    """Hash of plain values, the same in whatever order keys stand; 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Find suites, read their files, apply `--set`, load the parts that they name."""
+"""Find suites, read their files, apply `--set`, and say in a line what is wrong in them."""
 
 import difflib
 import tomllib
@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from harness.errors import UserError
 from harness.suite import sweep
 from harness.suite.config import Suite
+from harness.suite.method_specs import KINDS
 
 
-def builtin() -> dict[str, Path]:
-    """Name → file of the suites that ship with neqbench."""
+def shipped_suites() -> dict[str, Path]:
+    """Name → file of each suite that is shipped with neqbench."""
     root = Path(str(resources.files("suites")))
     return {_name(path): path for path in sorted(root.glob("*/*.toml"))}
 
@@ -26,19 +27,20 @@ def _name(path: Path) -> str:
     return folder if path.stem == "suite" else f"{folder}-{path.stem}"
 
 
-def load(name: str, settings: Sequence[str] = ()) -> tuple[Suite, Path]:
-    """The suite called `name`, or at that path, with `--set` applied; and its folder.
+def load_suite(name: str, settings: Sequence[str] = ()) -> tuple[Suite, Path]:
+    """The suite called `name`, or at that path, with `settings` applied; and its folder.
 
-    Of a sweep over model, data or recipe its first experiment. Raises UserError for an unknown
-    suite, an unreadable file, an unknown key or a bad value.
+    `settings`: as after `--set`, "recipe.epochs=5". Of a sweep over model, data or recipe it is the
+    first experiment. Raises UserError for an unknown suite, an unreadable file, an unknown key or a
+    bad value.
     """
-    suites, folder = experiments(name, settings)
+    suites, folder = load_experiments(name, settings)
     return suites[0], folder
 
 
-def experiments(name: str, settings: Sequence[str] = ()) -> tuple[list[Suite], Path]:
-    """As `load`, with a suite for each experiment of a sweep."""
-    path = locate(name)
+def load_experiments(name: str, settings: Sequence[str] = ()) -> tuple[list[Suite], Path]:
+    """As `load_suite`, with a suite for each experiment of a sweep."""
+    path = suite_file(name)
     values = _read(path)
     for setting in settings:
         _apply(values, setting)
@@ -46,7 +48,7 @@ def experiments(name: str, settings: Sequence[str] = ()) -> tuple[list[Suite], P
     try:
         if "point" in values:
             raise ValueError("point: unknown key")
-        points = sweep.experiments(values)
+        points = sweep.grid_points(values)
         return [Suite.model_validate(v | {"point": point}) for point, v in points], path.parent
     except ValidationError as error:
         raise UserError(_explain(error, path)) from None
@@ -54,9 +56,9 @@ def experiments(name: str, settings: Sequence[str] = ()) -> tuple[list[Suite], P
         raise UserError(f"{path.parent.name}/{path.name}: {error}") from None
 
 
-def locate(name: str) -> Path:
-    """The file of a suite by name or path; raises UserError where there is none."""
-    known = builtin()
+def suite_file(name: str) -> Path:
+    """The file of a suite, by its name or path; raises UserError where there is none."""
+    known = shipped_suites()
     if name in known:
         return known[name]
     path = Path(name)
@@ -147,8 +149,6 @@ def _fields(location: list[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part)
         if part == "methods" or field is None:
-            from harness.suite.method_specs import KINDS
-
             model = KINDS.get(location[-1], Suite)
             break
         model = field.annotation

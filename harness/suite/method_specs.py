@@ -1,4 +1,4 @@
-"""Training methods that a trial can use: their parameters, and the hooks that the trial calls."""
+"""Training methods that a suite may name, with their parameters."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,98 +17,108 @@ class _Spec(BaseModel):
 
 
 class FreezingSpec(_Spec):
-    """Methods that freeze. `gradient="cut"`: none flows through frozen ones (approximate)."""
+    """A method that freezes. `gradient="cut"`: no gradient flows through frozen neurons, an
+    approximation.
+    """
 
     gradient: Literal["exact", "cut"] = "exact"
 
 
 class VelocitySpec(FreezingSpec):
-    """Methods that decide by velocity. `recursion="reference"`: the authors' code."""
+    """A method that decides by velocity, with momentum `mu`. `recursion="reference"` and
+    `similarity="sample"` follow the authors' code where it departs from the paper.
+    """
 
     mu: Mu = 0.5
     recursion: Recursion = "paper"
     similarity: Literal["dataset", "sample"] = "dataset"
 
 
-class Baseline(_Spec):
-    """Plain training."""
+class BaselineSpec(_Spec):
+    """Plain training: what every other method is compared with."""
 
     kind: Literal["baseline"]
 
     def policy(self, seed: int) -> "neq.Policy":
-        """Everyone trains."""
+        """The policy under which every neuron trains."""
         import neq
 
         return neq.Everyone()
 
 
-class Neq(VelocitySpec):
-    """NEq: neurons at equilibrium stand still."""
+class NeqSpec(VelocitySpec):
+    """NEq (NeurIPS 2022): neurons whose |velocity| is below `eps` stand still."""
 
     kind: Literal["neq"]
     eps: Annotated[float, Field(ge=0, strict=True)] = 1e-3
 
     def policy(self, seed: int) -> "neq.Policy":
-        """Those with |velocity| below eps."""
+        """The policy that freezes neurons at equilibrium."""
         import neq
 
         return neq.AtEquilibrium(eps=self.eps, mu=self.mu, recursion=self.recursion)
 
 
-class RandomShare(FreezingSpec):
-    """Control: a random share of each layer trains, drawn anew each epoch."""
+class RandomSpec(FreezingSpec):
+    """Control: in each layer the share `keep` trains, drawn at random anew each epoch."""
 
     kind: Literal["random"]
     keep: Keep
 
     def policy(self, seed: int) -> "neq.Policy":
-        """Draws that depend on (seed, epoch)."""
+        """The policy whose draws depend on (`seed`, epoch) alone."""
         import neq
         from harness.seeds import derive
 
         return neq.Random(self.keep, seed=derive(seed, "masks"))
 
 
-class SmallestVelocity(VelocitySpec):
-    """Control: in each layer the share with the smallest |velocity| stands still."""
+class SmallestVelocitySpec(VelocitySpec):
+    """Control: in each layer the share `keep` with the largest |velocity| trains."""
 
     kind: Literal["smallest_velocity"]
     keep: Keep
 
     def policy(self, seed: int) -> "neq.Policy":
-        """By rank instead of by threshold."""
+        """The policy that freezes by rank instead of by a threshold."""
         import neq
 
         return neq.SmallestVelocity(self.keep, mu=self.mu, recursion=self.recursion)
 
 
-class FreezeAfter(FreezingSpec):
-    """Control: everything but the head stands still from an epoch on."""
+class FreezeAfterSpec(FreezingSpec):
+    """Control: from `epoch` on everything stands still but the excluded layers.
+
+    It shows what the remaining epochs are worth.
+    """
 
     kind: Literal["freeze_after"]
     epoch: Annotated[int, Field(ge=1, strict=True)]
 
     def policy(self, seed: int) -> "neq.Policy":
-        """What the late epochs are worth."""
+        """The policy that freezes everything from that epoch on."""
         import neq
 
         return neq.FreezeAfter(self.epoch)
 
 
 MethodSpec = Annotated[
-    Baseline | Neq | RandomShare | SmallestVelocity | FreezeAfter, Field(discriminator="kind")
+    BaselineSpec | NeqSpec | RandomSpec | SmallestVelocitySpec | FreezeAfterSpec,
+    Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[BaseModel]] = {
-    "baseline": Baseline,
-    "neq": Neq,
-    "random": RandomShare,
-    "smallest_velocity": SmallestVelocity,
-    "freeze_after": FreezeAfter,
+    "baseline": BaselineSpec,
+    "neq": NeqSpec,
+    "random": RandomSpec,
+    "smallest_velocity": SmallestVelocitySpec,
+    "freeze_after": FreezeAfterSpec,
 }
 
 
 def with_kinds(suite: Any) -> Any:
-    """A method's kind is its name unless it says otherwise."""
+    """The suite's values, with each method's `kind` filled in: its name unless it says
+    otherwise.
+    """
     methods = suite.get("methods") if isinstance(suite, dict) else None
     if not isinstance(methods, dict):
         return suite

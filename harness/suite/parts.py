@@ -1,24 +1,26 @@
-"""The parts that a suite names by import string: model, data and task, from beside its file."""
+"""The parts that a suite names by import string: its model, data and task.
+
+"parts:model" is `model` in parts.py beside the suite's file, or else in an installed module.
+"""
 
 import hashlib
 import importlib
 import importlib.util
 import sys
-import traceback
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import UserError
+from harness.errors import UserError, with_origin
 from harness.suite.config import Suite
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def part(reference: str, folder: Path | str) -> Any:
-    """The object at `module:attribute`, from a module beside the suite or an installed one.
+def load_part(reference: str, folder: Path | str) -> Any:
+    """The object at "module:attribute", from a module in the suite's `folder` or an installed one.
 
     Raises UserError where either is missing or the module fails.
     """
@@ -36,18 +38,12 @@ def _module(reference: str, folder: Path | str) -> Any:
     try:
         return _beside(beside) if beside.is_file() else _installed(name)
     except Exception as error:
-        raise UserError(f"{reference!r} cannot be loaded: {said(error)}") from error
+        raise UserError(f"{reference!r} cannot be loaded: {with_origin(error)}") from error
 
 
-def said(error: Exception) -> str:
-    """What a part raised, and where, in a line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def code(suite: Suite, folder: Path, shipped: bool) -> str:
-    """Digest of the user's own code: modules beside a suite that is not shipped, and of parts.
+def code_digest(suite: Suite, folder: Path, shipped: bool) -> str:
+    """Hash of the user's own code: modules in the folder of a suite, unless it is `shipped` with
+    neqbench, and modules elsewhere that its parts come from.
 
     Code of neqbench itself and of installed packages is left out: `numerics` and the versions in
     the results speak for them.
@@ -64,20 +60,20 @@ def code(suite: Suite, folder: Path, shipped: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(reference: str, folder: Path | str, arguments: dict[str, Any]) -> Any:
-    """What the callable at `reference` returns; raises UserError where it fails."""
-    builder = part(reference, folder)
+def build_part(reference: str, folder: Path | str, arguments: dict[str, Any]) -> Any:
+    """What the callable at "module:attribute" returns; raises UserError where it fails."""
+    builder = load_part(reference, folder)
     try:
         return builder(**arguments)
     except Exception as error:
-        raise UserError(f"{reference!r} failed: {said(error)}") from error
+        raise UserError(f"{reference!r} failed: {with_origin(error)}") from error
 
 
 def build_model(reference: str, folder: Path | str, arguments: dict[str, Any]) -> "nn.Module":
-    """The module that the builder at `reference` returns; raises UserError."""
+    """The torch module that the callable at `reference` returns; raises UserError for any other."""
     from torch import nn
 
-    module = build(reference, folder, arguments)
+    module = build_part(reference, folder, arguments)
     if not isinstance(module, nn.Module):
         raise UserError(f"{reference!r} returned {type(module).__name__}, not a torch module")
     return module
@@ -94,7 +90,9 @@ def _installed(name: str) -> ModuleType:
 
 
 def _beside(path: Path) -> ModuleType:
-    """A suite's own module, under a name that no other suite's module has."""
+    """A suite's own module, under a name that no other suite's module has: several may be
+    loaded.
+    """
     name = f"neqbench_suite_{path.parent.name}_{abs(hash(path)):x}_{path.stem}"
     if name in sys.modules:
         return sys.modules[name]

@@ -19,8 +19,9 @@ LISTS = {"betas", "milestones", "schedulers", "etas", "step_sizes", "eps"}
 Point = dict[str, Any]
 
 
-def experiments(values: dict[str, Any]) -> list[tuple[Point, dict[str, Any]]]:
-    """A suite's values for each point of its grid, and the point: what was chosen, by path.
+def grid_points(values: dict[str, Any]) -> list[tuple[Point, dict[str, Any]]]:
+    """(point, the suite's values there) for each point of its grid; a point is what was chosen for
+    each axis, by path ("data.validation_size").
 
     Raises ValueError for an axis that is empty or has a value twice.
     """
@@ -36,13 +37,13 @@ def experiments(values: dict[str, Any]) -> list[tuple[Point, dict[str, Any]]]:
     return found
 
 
-def named(point: Point) -> str:
-    """ "validation_size=50 optimizer=SGD"."""
+def point_label(point: Point) -> str:
+    """The point as a user reads it: "validation_size=50 optimizer=SGD"."""
     return " ".join(f"{path.rpartition('.')[2]}={_number(v)}" for path, v in point.items())
 
 
 def family(name: str, known: list[str]) -> list[str]:
-    """The methods that `name` means: itself, or those that a list of its made."""
+    """The methods of `known` that `name` means: itself, or all that a list in its table made."""
     return [name] if name in known else [k for k in known if k.startswith(f"{name} ")]
 
 
@@ -122,8 +123,8 @@ def _expanded(name: str, table: dict[str, Any]) -> dict[str, Any]:
 def _distinct(path: str, options: list[Any]) -> list[Any]:
     if not options:
         raise ValueError(f"{path}: an empty list; give at least one value")
-    for place, value in enumerate(options):
-        if value in options[:place]:
+    for position, value in enumerate(options):
+        if value in options[:position]:
             raise ValueError(f"{path}: {value!r} is listed twice")
     return options
 

@@ -10,10 +10,10 @@ from harness import parallel
 
 
 class Energy:
-    """Adds up what this trial's GPUs use while `measuring`, in joules.
+    """Adds up the energy that this trial's GPUs use while `measuring`.
 
-    `joules` is None where nothing counts: on a CPU, on a GPU that others use as well (`shared`),
-    which counts for all of them, or without the package nvidia-ml-py or the counter.
+    Nothing is known on a CPU, on a GPU that other trials use as well (`shared`), whose counter is
+    of all of them, or without the package nvidia-ml-py or the counter.
     """
 
     def __init__(self, device: torch.device, *, shared: bool) -> None:
@@ -23,13 +23,13 @@ class Energy:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """While the block runs, to the end of the work that it gives the GPU."""
+        """Inside, energy is counted, to the end of the work that the block gives the GPU."""
         before = self._now()
         yield
         self._millijoules += self._now() - before
 
     def take(self) -> float | None:
-        """Joules of all workers since the last call, None where one of them can't tell."""
+        """Joules that all workers used since the last call; None where one of them can't tell."""
         mine = float("nan") if self._read is None else self._millijoules / 1000
         self._millijoules = 0
         total = torch.tensor(mine, dtype=torch.float64, device=self._device)

@@ -1,4 +1,4 @@
-"""The recipe's optimizer and scheduler, by torch's own names."""
+"""Builds the recipe's optimizer and scheduler, which it names as torch does."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from harness.errors import UserError
-from harness.suite.config import Named, Recipe
+from harness.suite.config import Recipe, TorchClass
 
 # Schedulers that can step with every iteration, for all their arguments of time are among these.
 COUNTED = (
@@ -26,7 +26,10 @@ COUNTS = ("total_iters", "T_max", "T_0", "step_size", "milestones")
 def build_optimizer(
     suite: str, recipe: Recipe, model: nn.Module, steps: int = 1
 ) -> tuple[Optimizer, LRScheduler | None]:
-    """Optimizer, fused where torch has that, and scheduler; `steps`: of an epoch.
+    """The recipe's optimizer for `model`, fused where torch has that, and its scheduler.
+
+    `suite`: its name, for messages; `steps`: optimizer steps of an epoch, which a scheduler that
+    steps with every iteration counts.
 
     Raises UserError for an unknown name or for arguments that torch refuses.
     """
@@ -55,7 +58,7 @@ def _groups(where: str, recipe: Recipe, model: nn.Module) -> list[dict[str, Any]
     return [{"params": part, **factors.get(name, {})} for name, part in groups.items() if part]
 
 
-def _scheduler(where: str, named: Named, optimizer: Optimizer, unit: int) -> LRScheduler:
+def _scheduler(where: str, named: TorchClass, optimizer: Optimizer, unit: int) -> LRScheduler:
     """Arguments count epochs of `unit` steps; schedulers among them are built first."""
     if unit > 1 and named.name not in COUNTED:
         raise UserError(
@@ -70,7 +73,7 @@ def _scheduler(where: str, named: Named, optimizer: Optimizer, unit: int) -> LRS
     arguments = {
         key: _built(where, key, value, optimizer, unit) for key, value in named.arguments.items()
     }
-    built = Named.model_construct(name=named.name, **arguments)
+    built = TorchClass.model_construct(name=named.name, **arguments)
     scheduler: LRScheduler = _torch_class(
         lr_scheduler, LRScheduler, where, built, _leading(named, optimizer)
     )
@@ -82,7 +85,7 @@ def _scheduler(where: str, named: Named, optimizer: Optimizer, unit: int) -> LRS
     return scheduler
 
 
-def _leading(named: Named, optimizer: Optimizer) -> list[Any]:
+def _leading(named: TorchClass, optimizer: Optimizer) -> list[Any]:
     """ChainedScheduler takes its schedulers first."""
     return [] if named.name == "ChainedScheduler" else [optimizer]
 
@@ -101,13 +104,13 @@ def _nested(where: str, optimizer: Optimizer, unit: int, value: Any) -> LRSchedu
     if not isinstance(value, dict) or "name" not in value:
         raise UserError(f'{where}.schedulers: each must be a table such as {{name = "LinearLR"}}')
     try:
-        named = Named.model_validate(value)
+        named = TorchClass.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{where}.schedulers: {error.errors()[0]['msg']}") from None
     return _scheduler(where + ".schedulers", named, optimizer, unit)
 
 
-def _torch_class(module: Any, base: Any, where: str, named: Named, leading: list[Any]) -> Any:
+def _torch_class(module: Any, base: Any, where: str, named: TorchClass, leading: list[Any]) -> Any:
     cls = getattr(module, named.name, None)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         known = [n for n in dir(module) if isinstance(getattr(module, n), type)]
@@ -119,10 +122,10 @@ def _torch_class(module: Any, base: Any, where: str, named: Named, leading: list
         raise UserError(f"{where}: {named.name} refuses its arguments: {error}") from None
 
 
-def _fused(named: Named) -> Named:
+def _fused(named: TorchClass) -> TorchClass:
     """The same optimizer, fused where torch has that and the recipe says nothing else."""
     cls = getattr(torch.optim, named.name, None)
     known = inspect.signature(cls).parameters if isinstance(cls, type) else {}
     if "fused" not in known or {"fused", "foreach", "differentiable"} & named.arguments.keys():
         return named
-    return Named.model_validate({"name": named.name, **named.arguments, "fused": True})
+    return TorchClass.model_validate({"name": named.name, **named.arguments, "fused": True})

@@ -1,7 +1,7 @@
 """What is chosen by the clock: memory format and backward kernels.
 
-Both change how results round, so they are chosen once per machine kind and model, kept with the
-results, and used by every trial; a trial's checkpoint holds its own copy.
+Both change how results round, so they are chosen once for each kind of machine and model, kept with
+the results, and used by every trial; a trial's checkpoint holds its own copy.
 """
 
 import copy
@@ -18,11 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 import neq
 from harness.errors import UserError
-from harness.storage.locations import StorageError
+from harness.storage.locations import Location, StorageError
 from harness.storage.provenance import hardware
-from harness.storage.store import Store
+from harness.storage.tuning_cache import make_once
 from harness.suite.config import NUMERICS, Suite, digest
-from neq.timings import stopwatch
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GAIN = 0.9  # channels_last is taken where its step takes less than this share of the other's time
@@ -31,7 +30,11 @@ SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """`channels_last`: the memory format of model and images; `timings`: of backward kernels."""
+    """Choices that were made by time.
+
+    `channels_last`: whether model and images have that memory format; `timings`: of backward
+    kernels.
+    """
 
     channels_last: bool = False
     timings: neq.Timings = field(default_factory=neq.Timings)
@@ -43,25 +46,29 @@ class Tuning:
         return images
 
     def convert(self, model: nn.Module) -> nn.Module:
-        """The same model in that memory format."""
+        """The model itself, now in that memory format."""
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; `from_json` reads them back."""
         return {"channels_last": self.channels_last, "timings": self.timings.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Tuning":
-        """From `to_json`."""
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
         if not isinstance(value["channels_last"], bool):
             raise TypeError("channels_last")
         return cls(value["channels_last"], neq.Timings.from_json(value["timings"]))
 
 
-def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
-    """The suite's tuning for this kind of machine; measured and stored where there is none yet."""
+def tuning_for(location: Location, suite: Suite, model: nn.Module) -> Tuning:
+    """The tuning of a suite's model for this kind of machine; measured where none is kept yet.
+
+    `location`: of the suite's results; `model`: on its device. Raises StorageError for a damaged
+    file.
+    """
     gpu = next(model.parameters()).is_cuda
     batch_size = suite.recipe.forward_size(suite.resources.world_size)
     conditions = {
@@ -81,15 +88,16 @@ def kept(store: Store, suite: Suite, model: nn.Module) -> Tuning:
 
     name = digest(conditions)
     try:
-        return Tuning.from_json(store.keep_tuning(name, make))
+        return Tuning.from_json(make_once(location, name, make))
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise StorageError(f"{store.place.uri}/tuning/{name}.json is damaged; delete it") from None
+        raise StorageError(f"{location.uri}/tuning/{name}.json is damaged; delete it") from None
 
 
 def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: str) -> Tuning:
-    """Time `model`, on its device, in training steps on random batches.
+    """Time `model`, on its device, in training steps on random batches, and choose.
 
-    Model and random streams are left as they were.
+    `shape`: of one sample; `precision`: float32, bf16 or fp16. Model and random streams are left as
+    they were.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -106,7 +114,7 @@ def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: s
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """Deterministic convolutions, and no TF32 where the precision is float32."""
+    """Inside: deterministic convolutions, and no TF32 where the precision is float32."""
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "float32"
     ):
@@ -114,7 +122,7 @@ def numerics(precision: str) -> Iterator[None]:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises UserError where the device would only emulate it."""
+    """Raises UserError where the device would only emulate the precision."""
     needed = precision == "bf16" and device.type == "cuda"
     if needed and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
@@ -124,7 +132,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """The autocast of a suite's precision; for float32, one that does nothing."""
+    """The autocast context of a precision; for float32, one that does nothing."""
     dtype = HALF.get(precision)
     return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
@@ -136,7 +144,7 @@ def _fastest(formats: list[Tuning], model: nn.Module, images: Tensor, precision:
     start, rounds = time.perf_counter(), 0
     while rounds < 2 or (rounds < 6 and time.perf_counter() - start < SECONDS):
         for i, (copied, batch) in enumerate(zip(models, batches, strict=True)):
-            with stopwatch(images.device) as seconds:
+            with neq.stopwatch(images.device) as seconds:
                 with autocast(images.device.type, precision):
                     loss = square(copied(batch))
                 torch.autograd.backward(loss)
@@ -147,6 +155,6 @@ def _fastest(formats: list[Tuning], model: nn.Module, images: Tensor, precision:
 
 
 def square(outputs: Any) -> Tensor:
-    """A loss for any outputs: the mean square of all of them."""
+    """A loss for any outputs: the sum over tensors of the mean of their squares."""
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
     return torch.stack([t.float().square().mean() for t in tensors]).sum()

@@ -1,4 +1,4 @@
-"""Weights that training starts from: a file, or a name that torchvision or timm knows."""
+"""Weights that training starts from: of a file, or by a name that torchvision or timm knows."""
 
 import hashlib
 import sys
@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError, line
+from harness.errors import UserError, one_line
 from harness.suite.config import Model
 from harness.vision import torchvision
 
 LIBRARIES = ("torchvision", "timm")
 
 
-def identity(weights: str) -> str:
-    """What a trial's key knows of them: the name, or a hash of the file; raises UserError."""
+def weights_identity(weights: str) -> str:
+    """What a trial's key knows of its weights: their name, or the hash of a file.
+
+    Raises UserError for a file that can't be read.
+    """
     if not weights or weights.partition(":")[0] in LIBRARIES:
         return weights
     try:
@@ -29,8 +32,8 @@ def identity(weights: str) -> str:
         ) from None
 
 
-def load(model: nn.Module, parts: Model) -> None:
-    """Start `model` from the suite's weights, if it names any.
+def load_weights(model: nn.Module, parts: Model) -> None:
+    """Fill `model` with the weights that the suite's model table (`parts`) names, if any.
 
     Every parameter and buffer must be there in its shape, but for excluded layers (a head for
     other classes starts anew); what the weights have beyond the model must be whole parts of their
@@ -90,7 +93,8 @@ def _read(weights: str) -> dict[str, Tensor]:
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"model.weights: {weights} cannot be loaded ({type(error).__name__}: {line(error)}); "
+            f"model.weights: {weights} cannot be loaded "
+            f"({type(error).__name__}: {one_line(error)}); "
             "give a file of tensors, torchvision:NAME or timm:NAME"
         ) from None
     return _tensors(state, weights)

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from harness.data.memory import Images, Split
-from harness.errors import UserError, line
-from harness.suite.config import Data
+from harness.data import Data, Images, Split
+from harness.errors import UserError, one_line
 from harness.vision import torchvision
 from suites.archives import fetch
 from suites.pictures import decode
@@ -50,7 +49,7 @@ def _binaries(root: Path) -> tuple[Split, Split]:
             files = datasets.CIFAR10(str(root), train=train)
         except (RuntimeError, OSError, EOFError) as error:
             raise UserError(
-                f"{root / BINARIES}: files are missing or damaged ({line(error)}); "
+                f"{root / BINARIES}: files are missing or damaged ({one_line(error)}); "
                 "delete the folder to download it again"
             ) from None
         splits.append(_in_memory(torch.from_numpy(files.data), torch.tensor(files.targets)))
@@ -95,7 +94,7 @@ def _read(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: truncated, damaged, or without the columns img (struct with bytes) and "
-            f"label ({line(error)}); replace the file"
+            f"label ({one_line(error)}); replace the file"
         ) from None
 
 

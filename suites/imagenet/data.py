@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from harness.data.streamed import Samples, Source, Transform
-from harness.errors import UserError, line
-from harness.suite.config import Data
+from harness.data import Data, Samples, Source, Transform
+from harness.errors import UserError, one_line
 from harness.vision import torchvision
 from suites import hub
 from suites.pictures import decode
@@ -24,7 +23,7 @@ WHERE = (
 )
 
 
-class Folder:
+class ClassFolders:
     """torchvision's ImageFolder with errors that name the picture."""
 
     def __init__(self, root: Path, part: str) -> None:
@@ -32,7 +31,7 @@ class Folder:
         try:
             self._files = datasets.ImageFolder(str(root / part))
         except FileNotFoundError as error:
-            raise UserError(f"{root / part}: {line(error)}; {WHERE}") from None
+            raise UserError(f"{root / part}: {one_line(error)}; {WHERE}") from None
         self.classes: list[str] = self._files.classes
         self.labels = torch.tensor(self._files.targets)
 
@@ -88,11 +87,11 @@ def load(options: Data) -> Samples:
     )
 
 
-def _folders(root: Path) -> tuple[Folder, Folder]:
+def _folders(root: Path) -> tuple[ClassFolders, ClassFolders]:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise UserError(f"{root}: no folder {part} and no parquet files; {WHERE}")
-    return Folder(root, "train"), Folder(root, "val")
+    return ClassFolders(root, "train"), ClassFolders(root, "val")
 
 
 def _check_classes(root: Path, names: list[list[str]], expected: int) -> None:

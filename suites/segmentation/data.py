@@ -9,9 +9,8 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from harness.data.streamed import Samples
-from harness.errors import UserError, line
-from harness.suite.config import Data
+from harness.data import Data, Samples
+from harness.errors import UserError, one_line
 from harness.vision import torchvision
 from suites.pictures import decode, decode_labels
 from suites.segmentation.transforms import IGNORE, labelled, transforms
@@ -191,7 +190,7 @@ class WithSbd:
             )
         except (OSError, RuntimeError, ImportError) as error:
             raise UserError(
-                f"{self._root}: SBD's masks are not there ({line(error)}); "
+                f"{self._root}: SBD's masks are not there ({one_line(error)}); "
                 "get benchmark.tgz and train_noval.txt of the Semantic Boundaries Dataset, or "
                 "leave them out with --set data.arguments.sbd=false"
             ) from None

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from harness.suite.config import Data
+from harness.data import Data
 from harness.vision import torchvision
 from suites.archives import fetch
 from suites.segmentation.data import WHERE_COCO, WHERE_VOC

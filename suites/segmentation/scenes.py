@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from harness.data.memory import Images, Split
+from harness.data import Data, Images, Split
 from harness.seeds import generator
-from harness.suite.config import Data
 
 TRAIN, TEST = 1050, 300
 SIZE, DIGIT = 64, 24  # pixels of a scene, and of a digit in it
@@ -43,11 +42,11 @@ def _split(pictures: Tensor, labels: Tensor, count: int, seed: int) -> Split:
     colours = 0.5 + 0.5 * torch.rand(count, DIGITS, 3, 1, 1, generator=draw)
     images, targets = noise, torch.zeros(count, SIZE, SIZE, dtype=torch.uint8)
     for scene in range(count):
-        for place, (top, left) in enumerate(corners[scene].tolist()):
-            digit = int(chosen[scene, place])
+        for position, (top, left) in enumerate(corners[scene].tolist()):
+            digit = int(chosen[scene, position])
             window = (..., slice(top, top + DIGIT), slice(left, left + DIGIT))
             ink = pictures[digit] > INK
-            painted = colours[scene, place] * pictures[digit]
+            painted = colours[scene, position] * pictures[digit]
             images[scene][window] = torch.where(ink, painted, images[scene][window])
             targets[scene][window][ink] = int(labels[digit]) + 1
     pixels = (255 * images).round().to(torch.uint8)

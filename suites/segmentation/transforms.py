@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harness.data.streamed import Transform
+from harness.data import Transform
 from harness.errors import UserError
 from harness.vision import torchvision
 

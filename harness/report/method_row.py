@@ -1,0 +1,137 @@
+"""One method over its seeds, as every form of the report shows it.
+
+A row has a part for each question: what was reached, what was saved by count, what clocks and
+counters say, and what a shorter baseline would have done. Field names are the documented keys of
+the JSON, where the parts stand flat, one after the other.
+"""
+
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What a method reached, and whether that is as good as the baseline; None: it can't be said.
+
+    Metric and differences are shares, with 95 % intervals from `low` to `high`. `difference` is to
+    the baseline: over `difference_n` seeds of both where it is `paired`, else over the smaller
+    sample. `verdict`: "keeps", "loses" or "undecided", when about `more_seeds` more are needed.
+    """
+
+    metric_mean: float
+    metric_std: float | None
+    metric_low: float | None
+    metric_high: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    difference_n: int | None
+    paired: bool | None
+    verdict: str | None
+    more_seeds: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Savings:
+    """What a method saved by count: FLOPs of one backward of one sample, mean of epochs and seeds.
+
+    Shares are of the dense backward (of `paper`: of the paper's count with nothing frozen). `saved`
+    and `saved_required` count the cost of deciding in: 1 − (executed + overhead) / dense;
+    `saved_paper` is the published way. `frozen`: share of the neurons in the last epoch.
+    """
+
+    dense: float
+    paper: float
+    paper_share: float
+    required: float
+    required_share: float
+    executed: float
+    executed_share: float
+    overhead: float
+    overhead_share: float
+    saved: float
+    saved_required: float
+    saved_paper: float
+    frozen: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What clocks and counters say; None where it can't be said.
+
+    `seconds_train`, `seconds_decide`: of a trial; None where trials of the group ran on different
+    devices. `memory_bytes`: peak of the GPU, mean over seeds; `energy_joules`: of training and
+    deciding. Ratios are to the baseline, geometric means over seeds. That of seconds compares the
+    sums of training and deciding, and has a 95 % interval. `seconds_verdict`: "less", "more" or
+    "unclear"; None where trials shared a device.
+    """
+
+    seconds_train: float | None
+    seconds_decide: float | None
+    seconds_ratio: float | None
+    seconds_ratio_low: float | None
+    seconds_ratio_high: float | None
+    seconds_verdict: str | None
+    memory_bytes: float | None
+    memory_ratio: float | None
+    energy_joules: float | None
+    energy_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShorterBaseline:
+    """The baseline, stopped when it has spent the FLOPs of a method's backward and deciding.
+
+    `stopped_epochs`: how many epochs it can train for them; `stopped_metric`: its metric by then;
+    `stopped_difference`: of the method to that, with a 95 % interval. All None where it is no less.
+    """
+
+    stopped_epochs: int | None = None
+    stopped_metric: float | None = None
+    stopped_difference: float | None = None
+    stopped_difference_low: float | None = None
+    stopped_difference_high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodRow:
+    """One method with one choice of its parameters, over its finished seeds.
+
+    `label`: the method with the parameters in which it differs from another of its name. `n`:
+    finished seeds, `failed`: seeds that failed; `withheld`: why there is no verdict although there
+    are seeds.
+    """
+
+    method: str
+    label: str
+    parameters: dict[str, Any]
+    n: int
+    failed: int
+    withheld: str | None
+    seeds: list[int]
+    quality: Quality
+    savings: Savings
+    measured: Measured
+    shorter_baseline: ShorterBaseline
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a baseline."""
+        return bool(self.parameters["kind"] == "baseline")
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented keys in their order, all parts flat."""
+        value = asdict(self)
+        parts = [value.pop(part.name) for part in _parts()]
+        return value | {key: item for part in parts for key, item in part.items()}
+
+
+def json_keys() -> list[str]:
+    """The keys of `MethodRow.to_json`."""
+    own = [field.name for field in fields(MethodRow) if field not in _parts()]
+    return own + [field.name for part in _parts() for field in fields(part.type)]
+
+
+def _parts() -> list[Any]:
+    """The fields of a row that are parts of it."""
+    return [field for field in fields(MethodRow) if is_dataclass(field.type)]
