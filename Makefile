@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 NEQBENCH := $(VENV)/bin/neqbench
 ARGS ?=
+JOBS ?= 3
 SUITE ?= cifar10
 ADDRESS ?= http://127.0.0.1:8265
 RESULTS ?= $(CURDIR)/results
@@ -45,8 +46,9 @@ submit: setup ## run SUITE as a job on the Ray cluster at ADDRESS, results in RE
 faults: setup ## kill workers, nodes and drivers at random; compare with an undisturbed run
 	$(VENV)/bin/python tests/faults.py $(ARGS)
 
-test: setup ## the tests that CI runs
-	$(VENV)/bin/python -m pytest $(ARGS)
+# Three on two cores: many tests wait for other processes.
+test: setup ## the tests that CI runs, JOBS of them at a time
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .
