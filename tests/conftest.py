@@ -14,6 +14,8 @@ from uuid import uuid4
 
 # Several test processes share the cores; more threads than those would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process keeps the mode in which it has first met a Ray, and asks the next one's workers for it.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import psutil
 import pytest
@@ -125,10 +127,9 @@ def running_ray(folder, environment, *words):
 @pytest.fixture(scope="session")
 def ray_head():
     """The address of a Ray that lasts as long as this test process: starting one takes seconds."""
-    open_to_all = {"RAY_AUTH_MODE": "disabled"}
     with (
         tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder,
-        running_ray(folder, open_to_all, "--include-dashboard=false") as address,
+        running_ray(folder, {}, "--include-dashboard=false") as address,
     ):
         limit = time.monotonic() + 60
         while True:
@@ -144,7 +145,6 @@ def ray_head():
 def shared_ray(ray_head, monkeypatch):
     """What says nothing else joins the test process's own Ray."""
     monkeypatch.setenv("RAY_ADDRESS", ray_head)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
 
 
 class Net(nn.Module):
