@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from neq.equilibrium import Reading, Similarity, phi, snapshot
 from neq.gradients import Gradient, LayerPlan, SelectiveGradients
+from neq.momentum import complete_momentum
 from neq.neurons import NeuronIndex
 from neq.parallel import broadcast, broadcast_buffers
 from neq.policies import AtEquilibrium, Policy
@@ -73,6 +74,7 @@ class NeuronFreezer:
         self.frozen = torch.zeros(len(self.neurons), dtype=torch.bool)
         self.reading = Reading.undefined(len(self.neurons))
         self._before: dict[str, Tensor] | None = None
+        self._gradients.freeze(self.frozen, self.timings)  # nobody yet: the plan is dense
 
     def update(self, validation_batches: Iterable[Any] = ()) -> None:
         """Read phi, delta-phi and velocity, then freeze and unfreeze for the coming epoch.
@@ -133,26 +135,13 @@ class NeuronFreezer:
     def _before_step(self, _optimizer: Any, arguments: Any, keywords: Any) -> None:
         self._gradients.apply()
         self._gradients.complete()
-        self._complete_momentum()
+        complete_momentum(self._optimizer)
         frozen = [*self._gradients.partly_frozen()]
         if len(arguments) > 1 or keywords:
             # A closure runs the backward again inside the step, after this: even a parameter whose
             # gradient is None now may get one.
             frozen += self._gradients.wholly_frozen()
         self._kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen]
-
-    def _complete_momentum(self) -> None:
-        """Zeros where fused SGD has no momentum yet, with which it takes the same first step.
-
-        torch's own start fails where a parameter's first gradient comes later than others', and
-        keeps unwritten memory where a GradScaler skips the first step.
-        """
-        for group in self._optimizer.param_groups:
-            if group.get("fused") and group.get("momentum") and not group["dampening"]:
-                for parameter in group["params"]:
-                    state = self._optimizer.state[parameter]
-                    if parameter.grad is not None and state.get("momentum_buffer") is None:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -3,8 +3,9 @@
 README.md beside this file tells how the parts work together.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -208,19 +209,47 @@ class _Tie:
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if not selecting():
             return output
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        graph = any(t.requires_grad for t in tensors)
+        graph = any(t.requires_grad for t in _tensors(output))
         # With a graph and one process nothing waits for these parameters.
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         if graph and not parallel:
             return output
 
-        def tied(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+        def tied(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
                 return value
             return _tie(value, *self.parameters) if value.requires_grad or not graph else value
 
-        return tree_map(tied, output)
+        return _mapped(tied, output)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """A model's output with its tensors changed: in tuples, lists, dicts and data classes, as
+    DistributedDataParallel looks for them.
+    """
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if not is_dataclass(value) or isinstance(value, type):
+            return value
+        other = copy.copy(value)
+        for field in fields(value):  # a frozen data class, too; not all need be in its __init__
+            object.__setattr__(other, field.name, _mapped(change, getattr(value, field.name)))
+        return other
+
+    return tree_map(leaf, output)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in a model's output."""
+    found: list[Tensor] = []
+    for value in tree_leaves(output):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            found += _tensors([getattr(value, field.name) for field in fields(value)])
+    return found
 
 
 class _TieFunction(Function):

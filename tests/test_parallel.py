@@ -1,5 +1,7 @@
 """DistributedDataParallel on two gloo workers against one process with both halves of the batch."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from conftest import start_workers
@@ -26,6 +28,22 @@ def build():
     )
 
 
+@dataclass(frozen=True)
+class Output:
+    """As many libraries' models return it."""
+
+    logits: torch.Tensor
+    name: str = "logits"
+    more: dict = field(default_factory=dict, init=False)
+
+
+class Wrapped(nn.Sequential):
+    def forward(self, inputs):
+        output = Output(super().forward(inputs))
+        output.more["twice"] = (2 * output.logits.detach(), torch.tensor(3))
+        return output
+
+
 def train(model, batches, gradient):
     """Parameters after a step with each share frozen, and the FLOPs of each backward."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -40,7 +58,12 @@ def train(model, batches, gradient):
             mask[freezer.neurons["3"]] = True
         freezer.freeze(mask)
         optimizer.zero_grad()
-        loss = model(inputs).square().mean()
+        output = model(inputs)
+        if isinstance(output, Output):
+            assert (output.name, int(output.more["twice"][1])) == ("logits", 3)
+            assert torch.equal(output.more["twice"][0], 2 * output.logits)
+            output = output.logits
+        loss = output.square().mean()
         with FlopCounterMode(display=False) as counter:
             loss.backward()
         flops.append(counter.get_total_flops())
@@ -61,6 +84,8 @@ def worker(rank, folder):
     for gradient in ("exact", "cut"):
         model = DistributedDataParallel(build())
         torch.save(train(model, halves, gradient), f"{folder}/{gradient}{rank}.pt")
+    wrapped = DistributedDataParallel(Wrapped(*build()))
+    torch.save(train(wrapped, halves, "exact"), f"{folder}/wrapped{rank}.pt")
     distributed.barrier()  # gloo aborts a process that leaves while another still talks to it
     distributed.destroy_process_group()
 
@@ -76,3 +101,7 @@ def test_ranks_stay_equal_and_equal_to_one_process(tmp_path):
             torch.testing.assert_close(first, single, rtol=1e-4, atol=1e-5)
         assert [2 * count for count in flops] == whole
         assert whole[3] == 0 < whole[4] < whole[0]
+    for rank in (0, 1):  # in a data class, as bare
+        bare, wrapped = (torch.load(tmp_path / f"{n}{rank}.pt") for n in ("exact", "wrapped"))
+        assert all(map(torch.equal, bare[0], wrapped[0]))
+        assert bare[1] == wrapped[1]
