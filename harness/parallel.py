@@ -4,19 +4,24 @@ A process asks torch.distributed alone, so that Ray Train and torchrun serve ali
 process every function here returns at once.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_leaves
 
 from harness.errors import UserError
 from neq.parallel import add_up as add_up
 from neq.parallel import broadcast as broadcast
 from neq.parallel import broadcast_buffers as broadcast_buffers
 from neq.parallel import workers as workers
+
+CHUNK = 8191 * 64  # elements
 
 
 def rank() -> int:
@@ -98,19 +103,45 @@ def equal(value: int) -> bool:
     return largest(value) == -largest(-value)
 
 
-def agree(model: nn.Module, mask: Tensor) -> None:
-    """Raises RuntimeError where processes differ in the mask or in a bit of a parameter."""
+def agree(model: nn.Module, state: Any) -> None:
+    """Raises RuntimeError where processes differ in a bit of a parameter, or of what is in `state`
+    (of a training method: masks, say).
+    """
     if workers() == 1:
         return
-    mine = torch.stack([_checksum(t) for t in (mask, *model.parameters())])
-    differs = torch.count_nonzero(mine != broadcast(mine.clone()))
-    if int(add_up(differs)):
-        raise RuntimeError("the workers' masks or parameters have drifted apart")
+    leaves = tree_leaves(state)
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    # The order of a set is each process's own.
+    plain = repr([sorted(map(repr, v)) if isinstance(v, set) else v for v in others]).encode()
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    sums = [_checksum(t) for t in (*tensors, *model.parameters())]
+    sums.append(torch.tensor(int.from_bytes(hashlib.sha256(plain).digest()[:7])))
+    drifted = not equal(len(sums))
+    if not drifted:
+        mine = torch.stack(sums)
+        drifted = bool(add_up(torch.count_nonzero(mine != broadcast(mine.clone()))))
+    if drifted:
+        raise RuntimeError("the workers' masks, states or parameters have drifted apart")
+
+
+def fingerprint(model: nn.Module) -> Tensor:
+    """Checksums of all parameters and buffers: int64 [tensors] on the CPU."""
+    tensors = [t for t in tree_leaves(model.state_dict()) if isinstance(t, Tensor)]
+    return torch.stack([_checksum(t) for t in tensors])
+
+
+@cache
+def _positions(device: torch.device) -> Tensor:
+    return torch.arange(CHUNK, device=device) % 8191 + 1
 
 
 def _checksum(tensor: Tensor) -> Tensor:
     """Exact, whatever the order in which it is added up; int64 on the CPU."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(whole[tensor.element_size()])
-    position = torch.arange(bits.numel(), device=bits.device).view(bits.shape) % 8191 + 1
-    return (bits * position).sum(dtype=torch.int64).cpu()
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    bits = values.flatten().view(whole[values.element_size()])
+    position = _positions(bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in torch.split(bits, CHUNK):  # a whole one as int64 would take too much memory
+        total += (part * position[: len(part)]).sum(dtype=torch.int64)
+    return total.cpu()

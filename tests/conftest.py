@@ -1,5 +1,7 @@
 import logging
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,8 +26,14 @@ from torch import Tensor, multiprocessing, nn
 
 from harness.cli import main
 from harness.run import ray_cluster
+from harness.train import neighbours
 from harness.vision import torchvision
 
+# Several tests run at a time: a trial of one is no neighbour of a trial of another.
+neighbours.FOLDER = f"neqbench-tests-{os.getpid()}"
+neighbours._busy_seconds = lambda: 1.0
+
+README = Path(__file__).parents[1] / "README.md"
 WAITING = {"test_faults", "test_together", "test_executors", "test_submit"}  # for other processes
 
 
@@ -240,3 +248,16 @@ def neqbench(monkeypatch, capsys):
         return Result(stopped.value.code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def toys(tmp_path):
+    """A suite with methods of its own: a pruner, a regulariser, and the README's freezer."""
+    folder = tmp_path / "toys"
+    shutil.copytree(
+        Path(__file__).parent / "toys", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (freezer,) = [text for text in blocks if "class SmallestGradients" in text]
+    (folder / "freezer.py").write_text(freezer)
+    return folder

@@ -31,7 +31,7 @@ from harness.storage import leases
 from harness.storage.locations import open_location
 
 METHODS = "baseline,neq,neq-cut,random,smallest_velocity,freeze_after"
-MEASURED = {"peak_memory_bytes", "energy_joules"}
+MEASURED = {"peak_memory_bytes", "energy_joules", "other_load", "code"}
 FAULTS = {"worker": 5, "node": 3, "driver": 4, "held up": 1, "truncated": 1}
 PATIENCE = 600  # seconds, for one campaign after its last fault
 HERE = Path(__file__).parents[1]

@@ -85,13 +85,14 @@ def records(events, spec):
 
 
 def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(
-    tmp_path, remains_of_a_cluster
+    tmp_path, remains_of_a_cluster, monkeypatch
 ):
     """It starts a Ray of its own; the others join one that lasts."""
     methods = ("baseline", "neq", "random", "freeze_after")
     specs = [small(method, "recipe.epochs=4", *WIDE) for method in methods]
     for root in ("inline", "ray"):
         keep_tuning(specs[0], tmp_path / root)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # other tests' trials are no neighbours there
     list(Inline().run(specs, str(tmp_path / "inline")))
     lengths, events = [], []
     for spec, event in Ray().run(specs, str(tmp_path / "ray")):

@@ -150,6 +150,27 @@ def test_time_has_a_verdict_only_where_nobody_shared(four, tmp_path):
     assert "no measurement" in render([table], 80)
 
 
+def test_a_shorter_baseline_spends_all_flops_of_the_method(four, tmp_path):
+    """By hand: (forward 3 + executed 2.5 + deciding 0.2) of (forward 3 + dense 6) is 0.63; of two
+    epochs that pays for one. Of the backward alone it would be 0.45, and pay for none.
+    """
+    root = copied(four, tmp_path)
+    for seed in range(4):
+        for method, executed, overhead in (("baseline", 6000, 0), ("neq", 2500, 200)):
+            altered(root, key(method, seed), "epochs", "forward_flops", 3000)
+            altered(root, key(method, seed), "epochs", "backward_flops_dense", 6000)
+            altered(root, key(method, seed), "epochs", "backward_flops_executed", executed)
+            altered(root, key(method, seed), "epochs", "overhead_flops", overhead)
+    table = only(root)
+    found = row_of(table, "neq").shorter_baseline
+    assert found.spent_share == pytest.approx(5.7 / 9)
+    assert found.stopped_epochs == 1
+    assert "63.3" in render([table], 160)
+    altered(root, key("neq", 0), "epochs", "overhead_flops", 13400)  # with it they spend as much
+    found = row_of(only(root), "neq").shorter_baseline
+    assert (found.spent_share, found.stopped_epochs) == (pytest.approx(1.0), None)
+
+
 def last_altered(root, trial, column, value):
     """In the row of the last epoch alone."""
     path = root / "digits" / "epochs" / f"{trial}.parquet"

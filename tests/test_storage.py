@@ -28,15 +28,17 @@ FLOPS += "backward_flops_executed"
 NAMES = {
     "trials": "state reason traceback epochs epochs_done metric title experiment parameters data "
     "data_fingerprint attempts trials_on_device threads device cpu gpu driver git_sha git_dirty "
-    "versions started updated",
+    "versions measures started updated",
     "epochs": "epoch samples lr train_loss val_loss test_loss test_metric frozen_neurons "
     f"total_neurons {FLOPS} overhead_flops seconds_train seconds_equilibrium seconds_test "
-    "seconds_checkpoint peak_memory_bytes energy_joules",
+    "seconds_checkpoint peak_memory_bytes energy_joules effective_parameters other_load code",
+    "measures": "epoch layer name value",
     "layers": f"epoch layer neurons frozen {FLOPS} phi_quantiles delta_phi_quantiles "
     "velocity_quantiles",
 }
 WHOLE = f"seed epoch epochs epochs_done attempts trials_on_device threads samples {FLOPS} "
-WHOLE += "frozen_neurons total_neurons overhead_flops peak_memory_bytes neurons frozen"
+WHOLE += "effective_parameters measures frozen_neurons total_neurons overhead_flops "
+WHOLE += "peak_memory_bytes neurons frozen"
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -44,7 +46,8 @@ def test_the_columns_are_those_of_the_files_that_are_out_there(kind):
     """Written by hand: names, their order and their types are a contract."""
     schema = SCHEMAS[kind]
     assert schema.names == [*["trial", "group", "suite", "method", "seed"], *NAMES[kind].split()]
-    real = {n for n in schema.names if n in {"lr", "energy_joules"} or "loss" in n or "metric" in n}
+    real = {n for n in schema.names if "loss" in n or "metric" in n}
+    real |= {"lr", "energy_joules", "other_load", "value"}
     real |= {name for name in schema.names if name.startswith("seconds_")}
     for field in schema:
         if field.name in WHOLE.split():
@@ -103,13 +106,14 @@ def test_every_file_of_a_table_has_the_same_schema(tmp_path):
     for method in ("baseline", "neq"):
         run(small(method, "recipe.epochs=2"), tmp_path)
     for kind, schema in SCHEMAS.items():
-        for path in (tmp_path / "digits" / kind).iterdir():
+        for path in (tmp_path / "digits" / kind).glob("*"):
             assert pq.read_schema(path).equals(schema)
 
 
 def test_readers_skip_files_that_are_being_written(tmp_path):
     run(small("baseline", "recipe.epochs=1"), tmp_path)
     for kind in SCHEMAS:
+        (tmp_path / "digits" / kind).mkdir(exist_ok=True)
         (tmp_path / "digits" / kind / ".half.parquet.x1").write_bytes(b"half")
     assert len(pd.read_parquet(tmp_path / "digits" / "epochs")) == 1
     assert Store(tmp_path, "digits").read("epochs").num_rows == 1
@@ -155,32 +159,42 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     assert not list((tmp_path / "new" / "digits").glob(".*"))
 
 
-def as_version_1(table):
-    """As it was written before `energy_joules`."""
-    kept = [name for name in table.column_names if name != "energy_joules"]
-    return table.select(kept).replace_schema_metadata({"neqbench.schema": "1"})
+SINCE_3 = {"effective_parameters", "other_load", "code", "measures"}
+NEWER = {"1": {"energy_joules"} | SINCE_3, "2": SINCE_3}
 
 
-def test_tables_of_version_1_are_still_read(tmp_path):
+def as_version(version, table):
+    """As it was written then."""
+    kept = [name for name in table.column_names if name not in NEWER[version]]
+    return table.select(kept).replace_schema_metadata({"neqbench.schema": version})
+
+
+@pytest.mark.parametrize("version", NEWER)
+def test_tables_of_earlier_versions_are_still_read(tmp_path, version):
     run(small("baseline", "recipe.epochs=1"), tmp_path)
     store = Store(tmp_path, "digits")
     now = {kind: store.read(kind) for kind in SCHEMAS}
-    for kind in SCHEMAS:
-        (path,) = (tmp_path / "digits" / kind).iterdir()
-        pq.write_table(as_version_1(pq.read_table(path)), path)
+    for path in (tmp_path / "digits").glob("*/*.parquet"):
+        pq.write_table(as_version(version, pq.read_table(path)), path)
     for kind, table in now.items():
-        assert store.read(kind).equals(table)
+        found = store.read(kind)
+        for name in table.column_names:
+            newer = name in NEWER[version]
+            assert (
+                found[name].null_count == len(table) if newer else found[name].equals(table[name])
+            )
     some = store.read("epochs", ["trial", "energy_joules", "epoch"])
     assert some.column_names == ["trial", "energy_joules", "epoch"]
     assert some["energy_joules"].to_pylist() == [None]
     (path,) = (tmp_path / "digits" / "epochs").iterdir()
     lacking = pq.read_table(path).drop_columns("lr")
     pq.write_table(lacking, path)
-    with pytest.raises(UserError, match="schema version 1, this neqbench reads version 2"):
+    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 3"):
         store.read("epochs")
 
 
-def test_a_trial_goes_on_from_a_checkpoint_of_version_1(tmp_path):
+@pytest.mark.parametrize("version", NEWER)
+def test_a_trial_goes_on_from_a_checkpoint_of_an_earlier_version(tmp_path, version):
     spec = small("neq", "recipe.epochs=3")
     run(spec, tmp_path / "whole")
     run(spec, tmp_path / "broken", epochs=2)
@@ -189,9 +203,10 @@ def test_a_trial_goes_on_from_a_checkpoint_of_version_1(tmp_path):
     for path in others:
         path.unlink()
     found = torch.load(newest, weights_only=True)
-    table = as_version_1(unpack_table(found["state"]["rows"]["epochs"]))
-    found["state"]["rows"]["epochs"] = pack_table(table)
-    found["version"] = "1"
+    rows = found["state"]["rows"]
+    rows["epochs"] = pack_table(as_version(version, unpack_table(rows["epochs"])))
+    del rows["measures"], found["state"]["best"]
+    found["version"] = version
     buffer = io.BytesIO()
     torch.save(found, buffer)
     epochs, lease, _, _ = newest.name.split(".")

@@ -7,7 +7,8 @@ from harness.errors import UserError
 from harness.run.preflight import preflight
 from harness.run.trials import specs, states
 from harness.suite import files, parts
-from harness.suite.config import TrialSpec
+from harness.suite.config import Recipe, TrialSpec
+from harness.suite.fields import added
 
 SUITE = """
 title = "small"
@@ -234,6 +235,21 @@ def test_keys_do_not_depend_on_how_a_value_is_written(folder):
     assert one == float_one
 
 
+def test_a_new_field_leaves_keys_alone_while_it_has_its_default():
+    class Clipped(Recipe):
+        clip: float | None = added(None)
+        more: dict[str, int] = added({})
+
+    suite, _ = files.load_suite("digits")
+    before = suite.recipe.model_dump(mode="json")
+    recipes = [
+        Clipped.model_validate(before | new).model_dump(mode="json")
+        for new in ({}, {"clip": None, "more": {}}, {"clip": 1.0}, {"more": {"a": 1}})
+    ]
+    assert recipes[0] == recipes[1] == before
+    assert recipes[2:] == [before | {"clip": 1.0}, before | {"more": {"a": 1}}]
+
+
 def test_keys_stay_what_they_are():
     """Stored results are found by these: a change here orphans them (raise NUMERICS instead)."""
     suite, folder = files.load_suite("digits")
@@ -258,10 +274,9 @@ def test_the_code_of_a_suite_of_one_s_own_is_part_of_the_key(tmp_path):
     assert keys[0] != keys[1]
     cifar10, elsewhere = files.load_suite("cifar10")
     (digits,) = specs("digits", methods="neq", seeds="0")
-    assert digits.code == parts.code_digest(
-        cifar10, elsewhere, shipped=True
-    )  # none of neqbench's own
-    assert parts.code_digest(cifar10, elsewhere, shipped=False) != digits.code
+    none = parts.code_digests(cifar10, elsewhere, shipped=True)  # none of neqbench's own
+    assert (digits.code, digits.method_code) == none
+    assert parts.code_digests(cifar10, elsewhere, shipped=False)[0] != digits.code
 
 
 def test_parts_need_not_be_plain_functions(folder):
@@ -272,7 +287,7 @@ def test_parts_need_not_be_plain_functions(folder):
         (folder / "model.py").write_text(text)
         (folder / "data.py").write_text("def load(options): ...")
         suite, path = files.load_suite(str(folder))
-        assert parts.code_digest(suite, path, shipped=False)
+        assert parts.code_digests(suite, path, shipped=False)[0]
 
 
 def test_plan_of_digits(tmp_path):

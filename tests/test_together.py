@@ -199,6 +199,10 @@ def drifting(rank, folder):
         parallel.agree(model, mask)
     with torch.no_grad():
         model.weight[0, 0] -= 1e-7 * rank
+    parallel.agree(model, {"steps": 3, "losses": [0.5, mask]})
+    for state in ({"loss": 0.5 + rank}, {"masks": [mask] * (1 + rank)}):
+        with pytest.raises(RuntimeError, match="drifted apart"):
+            parallel.agree(model, state)
     mask[1 + rank] = True  # as many, but others
     with pytest.raises(RuntimeError, match="drifted apart"):
         parallel.agree(torch.nn.Identity(), mask)

@@ -38,7 +38,7 @@ SMALL = [
     *NARROW,
 ]
 METHODS = ["baseline", "neq", "neq-reference", "random", "smallest_velocity", "freeze_after"]
-MEASURED = {"peak_memory_bytes", "energy_joules"}
+MEASURED = {"peak_memory_bytes", "energy_joules", "other_load", "code"}
 SLOT = Slot(gpu=False, sharing=1)
 
 
@@ -46,6 +46,12 @@ def small(method, *settings, seed=0, suite="digits"):
     """One trial of digits, or of another suite with its own model."""
     first = [setting for setting in SMALL if suite == "digits" or setting not in NARROW]
     (spec,) = specs(suite, [*first, *settings], method, str(seed))
+    return spec
+
+
+def toy(toys, method, *settings, seed=0):
+    """One trial of the suite in the folder of the fixture `toys`."""
+    (spec,) = specs(str(toys), settings, method, str(seed))
     return spec
 
 

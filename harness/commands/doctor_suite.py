@@ -1,6 +1,11 @@
 """`neqbench doctor`: what a suite of one's own gets wrong, before anything is trained on it."""
 
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +20,7 @@ from harness.data.dataset import Batches, Dataset
 from harness.data.load import load_data
 from harness.errors import UserError, with_origin
 from harness.flops.subject import Subject, subject
+from harness.methods.building import equal
 from harness.run import preflight
 from harness.run.attempt import attempt
 from harness.run.trials import resolved, specs
@@ -29,6 +35,7 @@ from harness.tasks import Task, build_task
 from harness.train import weights
 
 FEW = 12  # samples of each part that are looked at
+TOGETHER = 600  # seconds that two workers may take
 EPOCHS = 3  # of the trial that is broken off and resumed
 
 
@@ -51,7 +58,10 @@ def examine_suite(path: str, settings: list[str]) -> Iterator[Finding]:
         patient.the_methods,
         patient.the_accounting,
         patient.a_resumed_trial,
+        patient.two_workers,
     ):
+        if examination == patient.two_workers and not patient.has_own_methods:
+            return
         what = examination.__name__.strip("_").replace("_", " ")
         wrong = _complaint(examination)
         yield Finding(what, wrong)
@@ -86,12 +96,18 @@ class _Patient:
     def the_suite_file(self) -> None:
         loaded = files.load_suite(self._path, self._settings)
         self.suite, self.folder = resolved(*loaded, synthetic=False)
-        kinds = {method.kind for method in self.suite.methods.values()}
-        if not {"baseline", "neq"} <= kinds:
+        methods = self.suite.methods.values()
+        baseline = any(method.is_baseline for method in methods)
+        if not baseline or not any(method.in_question for method in methods):
             raise UserError(
-                "methods has no baseline or no neq to compare; add [methods.baseline] and "
-                "[methods.neq]"
+                "methods has no baseline, or nothing to compare with it; add [methods.baseline] "
+                "and [methods.neq]"
             )
+
+    @property
+    def has_own_methods(self) -> bool:
+        """Whether a method comes from the user's own code."""
+        return any(method.foreign for method in self.suite.methods.values())
 
     def the_model(self) -> None:
         first, again = (self._built() for _ in range(2))
@@ -173,7 +189,8 @@ class _Patient:
             raise UserError(f"the metric must be a share from 0 to 1, got {value}")
 
     def the_methods(self) -> None:
-        preflight.check_methods(self.suite, self.model, list(self.suite.methods))
+        trials = specs(self._path, self._settings, ",".join(self.suite.methods), "0")
+        preflight.check_methods(trials.groups()[0], self.model, self.subject.costs)
         if not bool(self.subject.freezable.any()):
             raise UserError("no neuron may freeze: model.exclude names every supported layer")
 
@@ -189,8 +206,17 @@ class _Patient:
             )
 
     def a_resumed_trial(self) -> None:
-        """A few steps of NEq, broken off after each epoch, against the same without a break."""
-        spec = self._short()
+        """A few steps, broken off after each epoch, against the same without a break: of the first
+        of neqbench's methods that is in question, and of each of the user's own.
+        """
+        known = self.suite.methods.items()
+        ours = [name for name, method in known if method.in_question and not method.foreign]
+        own = [name for name, method in known if method.foreign]
+        for name in [*ours[:1], *own]:
+            self._resume(name)
+
+    def _resume(self, method: str) -> None:
+        spec = specs(self._path, self._short(), method, "0")[0]  # of a sweep, the first experiment
         with tempfile.TemporaryDirectory() as folder:
             states = []
             for root, breaks in (("through", False), ("resumed", True)):
@@ -199,18 +225,62 @@ class _Patient:
                 if tuned.is_dir():
                     shutil.copytree(tuned, Path(results) / self.suite.name / "tuning")
                 _run(spec, results, breaks)
-                states.append(Store(results, self.suite.name).load_checkpoint(spec.key))
-            through, resumed = (list((state or {}).get("model", {}).values()) for state in states)
-            if not _same(through, resumed):
+                states.append(Store(results, self.suite.name).load_checkpoint(spec.key) or {})
+            through, resumed = states
+            if not equal(through.get("model"), resumed.get("model")):
                 raise UserError(
-                    "a trial that was broken off and resumed ended with other weights; the model "
-                    "or the data keep a state of their own outside of parameters and buffers"
+                    f"a trial of {method} that was broken off and resumed ended with other "
+                    "weights; the model, the data or the method keep a state of their own outside "
+                    "of parameters, buffers and state_dict"
+                )
+            if not equal(through.get("method"), resumed.get("method")):
+                raise UserError(
+                    f"a trial of {method} that was broken off and resumed ended with another state "
+                    "of the method; it keeps something outside of its state_dict"
                 )
 
-    def _short(self) -> TrialSpec:
-        neq = next(name for name, m in self.suite.methods.items() if m.kind == "neq")
+    def two_workers(self) -> None:
+        """The user's own methods in two processes, whose weights and states must stay equal."""
+        for name, method in self.suite.methods.items():
+            if method.foreign:
+                self._run_with_two(name)
+
+    def _run_with_two(self, method: str) -> None:
+        settings = [word for setting in self._short() for word in ("--set", setting)]
+        with tempfile.TemporaryDirectory() as folder:
+            done = self._launched(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                    *("--nproc-per-node", "2", "-m", "harness", "run", self._path),
+                    *("--methods", method, "--seeds", "0", "--results", folder, *settings),
+                ],
+            )
+            if not done.returncode:
+                return
+            rows = Store(folder, self.suite.name).read("trials").to_pylist()
+            said = [e for e in done.stderr.splitlines() if re.match(r"(error|\w+Error): ", e)]
+            reason = rows[0]["reason"] if rows and rows[0]["reason"] else "".join(said[:1])
+        raise UserError(f"method {method} fails on two workers: {reason or done.stderr[-300:]}")
+
+    def _launched(self, command: list[str]) -> "subprocess.CompletedProcess[str]":
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # so that workers end with who has started them
+        ) as process:
+            try:
+                out, error = process.communicate(timeout=TOGETHER)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                out, error = "", f"error: it took {TOGETHER} s; does one worker wait for another?"
+        return subprocess.CompletedProcess(command, process.returncode, out, error)
+
+    def _short(self) -> list[str]:
         validation = min(self.suite.data.validation_size, 4)
-        settings = [
+        return [
             *self._settings,
             f"recipe.epochs={EPOCHS}",
             "recipe.batch_size=4",
@@ -218,7 +288,6 @@ class _Patient:
             f"data.validation_size={validation}",
             "resources={cpus=1, gpus=0}",
         ]
-        return specs(self._path, settings, neq, "0")[0]
 
 
 def _run(spec: TrialSpec, root: str, breaks: bool) -> None:

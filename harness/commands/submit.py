@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from harness.storage.locations import open_location
 from harness.storage.provenance import provenance
 from harness.suite import files
 from harness.suite.config import Suite, digest
+from harness.suite.imports import SHIPPED
 from harness.train.weights import LIBRARIES
 
 CODE = ("harness", "neq", "suites")
@@ -122,7 +122,7 @@ def _stage(staging: Path, suite: str, folder: Path) -> str:
     """What the job needs and no more: no .git, data or results. Returns what to call the suite."""
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
     for package in CODE:
-        shutil.copytree(str(resources.files(package)), staging / package, ignore=skipped)
+        shutil.copytree(SHIPPED.parent / package, staging / package, ignore=skipped)
     if suite in files.shipped_suites():
         return suite
     own = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "data", "results")

@@ -6,6 +6,7 @@ from harness.data.dataset import Dataset
 from harness.data.synthetic import synthetic
 from harness.errors import UserError, with_origin
 from harness.suite.config import Suite
+from harness.suite.imports import importing
 from harness.suite.parts import load_part
 
 
@@ -18,7 +19,9 @@ def load_data(suite: Suite, folder: Path | str) -> Dataset:
     if suite.data.synthetic:
         return synthetic(suite, folder)
     try:
-        data = load_part(suite.data.load, folder)(suite.data)
+        load = load_part(suite.data.load, folder)
+        with importing(Path(folder).resolve()):
+            data = load(suite.data)
     except UserError:
         raise
     except Exception as error:

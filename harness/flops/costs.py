@@ -188,6 +188,10 @@ class Costs:
         """FLOPs of a forward in train mode."""
         return 2 * self._train.total * samples // BATCH
 
+    def evaluation(self, samples: int = 1) -> int:
+        """FLOPs of a forward in eval mode."""
+        return 2 * self._evaluation.total * samples // BATCH
+
     def overhead(self, samples: int = 1) -> int:
         """FLOPs of deciding on so many validation samples: forwards of last epoch's model and of
         this.

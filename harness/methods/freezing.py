@@ -1,70 +1,94 @@
 """Training with neurons that stand still: a NeuronFreezer at work in a trial."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 import neq
-from harness.flops.costs import Costs
-from harness.suite.method_specs import FreezingSpec, MethodSpec, VelocitySpec
+from harness.methods.method import Method
+from harness.methods.training import Training
+from harness.suite.method_specs import FreezingSpec, PolicySpec, VelocitySpec
+from neq.equilibrium import Similarity
 
 
-class Freezing:
-    """A method at work: the hooks that a trial calls, and what deciding costs.
+def by_policy(training: Training, spec: PolicySpec) -> "Freezing":
+    """The method that a suite's `spec` describes.
 
-    The hooks that do nothing here are for methods that need them: regularisers look at outputs and
-    gradients, pruners at the weights after a step. `exclude`: layers that never freeze; `seed`: of
-    the trial; `timings`: of backward kernels (default: none are known). Raises ValueError where the
-    method does not fit the model or the optimizer.
+    Raises ValueError where it does not fit the model or the optimizer.
+    """
+    return Freezing(
+        training,
+        spec.policy(training.seed),
+        similarity=spec.similarity if isinstance(spec, VelocitySpec) else "dataset",
+        gradient=spec.gradient if isinstance(spec, FreezingSpec) else "exact",
+    )
+
+
+class Freezing(Method):
+    """Freezes neurons by a policy of neq; `freezer` is the NeuronFreezer that does it.
+
+    A method of one's own may set the mask in `end_epoch` instead, by `self.freezer.freeze(mask)`.
     """
 
     def __init__(
         self,
-        spec: MethodSpec,
-        model: nn.Module,
-        optimizer: Optimizer,
-        exclude: Iterable[str],
-        seed: int,
-        timings: neq.Timings | None = None,
+        training: Training,
+        policy: neq.Policy | None = None,
+        *,
+        similarity: Similarity = "dataset",
+        gradient: neq.Gradient = "exact",
     ) -> None:
+        """`policy`: who stands still (default: nobody); the others as of neq.NeuronFreezer."""
+        super().__init__(training)
         self.freezer = neq.NeuronFreezer(
-            model,
-            optimizer,
-            spec.policy(seed),
-            exclude=exclude,
-            similarity=spec.similarity if isinstance(spec, VelocitySpec) else "dataset",
-            gradient=spec.gradient if isinstance(spec, FreezingSpec) else "exact",
-            timings=timings,
+            training.model,
+            training.optimizer,
+            policy or neq.Everyone(),
+            exclude=training.exclude,
+            similarity=similarity,
+            gradient=gradient,
+            timings=training.timings,
         )
 
-    def start(self, validation: Iterable[Any]) -> None:
-        """Called before epoch 0, with the validation batches."""
-        self.freezer.update(validation)
+    @property
+    def frozen(self) -> Tensor:
+        """See Method."""
+        return self.freezer.frozen
 
-    def after_forward(self, inputs: Tensor, outputs: Any) -> None:
-        """Called with a microbatch and the model's outputs, while the autograd graph is alive."""
+    @property
+    def plan(self) -> dict[str, neq.LayerPlan]:
+        """See Method."""
+        return self.freezer.plan
 
-    def after_backward(self) -> None:
-        """Called before the optimizer's step: gradients are unscaled, and not clipped yet."""
+    def start(self) -> None:
+        """See Method: nothing freezes yet."""
+        self.freezer.update(self.training.validation_batches())
 
-    def after_step(self) -> None:
-        """Called when the optimizer has moved the parameters."""
+    def end_epoch(self, epoch: int) -> None:
+        """See Method: decide who trains next."""
+        self.freezer.update(self.training.validation_batches())
 
-    def end_epoch(self, validation: Iterable[Any]) -> None:
-        """Called after the test, with the validation batches: decide who trains next."""
-        self.freezer.update(validation)
+    def flops(self, usual: Mapping[str, int]) -> dict[str, int | None]:
+        """See Method: deciding by velocity takes forwards of last epoch's model and of this."""
+        if not self.freezer.policy.needs_velocity:
+            return {}
+        deciding = self.training.costs.overhead(self.training.samples["validation"])
+        return {"overhead": usual["overhead"] + deciding}
 
-    def overhead(self, costs: Costs, validation_samples: int) -> int:
-        """FLOPs of one `end_epoch` over so many validation samples."""
-        needed = self.freezer.policy.needs_velocity
-        return costs.overhead(validation_samples) if needed else 0
+    def readings(self) -> dict[str, Tensor]:
+        """See Method."""
+        reading = self.freezer.reading
+        return {
+            "phi": reading.phi,
+            "delta_phi": reading.delta_phi,
+            "velocity": reading.velocity,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed trial needs: tensors and plain values."""
+        """See Method."""
         return self.freezer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """See Method."""
         self.freezer.load_state_dict(state)

@@ -5,16 +5,17 @@ import math
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable
 from harness.report.words import signed
+from harness.suite.method_specs import kind_of
 
 MOST = 3  # methods; of more, the tables tell
 
 
 def answers(table: GroupTable) -> list[str]:
-    """A sentence for each method that decides by equilibrium.
+    """A sentence for each method in question: no baseline, and no control.
 
     There are none where methods are many, as in a sweep, or were trained on noise.
     """
-    rows = [row for row in table.methods if row.parameters["kind"] == "neq" and row.n]
+    rows = [row for row in table.methods if kind_of(row.parameters).in_question and row.n]
     if table.synthetic:
         return []
     return [_answer(row, table) for row in rows] if len(rows) <= MOST else []
@@ -54,8 +55,8 @@ def _less(saved: float) -> str:
 def _time(row: MethodRow, table: GroupTable) -> str:
     if not table.devices_alike:
         return "Time can't be compared: trials ran on different devices."
-    if table.timing_shared:
-        return "Time was not measured: trials shared a device."
+    if table.timing_withheld:
+        return f"Time was not measured: {table.timing_withheld}."
     measured = row.measured
     if measured.seconds_ratio is None or measured.seconds_ratio_low is None:
         return "Time can't be compared."

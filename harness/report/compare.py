@@ -15,7 +15,7 @@ from harness.report.groups import conditions
 from harness.report.intervals import Interval, difference, direction, ratio
 from harness.report.model import GroupTable, load_report, plain
 from harness.report.notes import commits, versions
-from harness.report.per_trial import by_seed, device_shared, devices
+from harness.report.per_trial import by_seed, devices, timing_withheld
 from harness.storage.store import Store
 
 CALLED = {"data.fingerprint": "other data:", "numerics": "other code: numerics"}
@@ -120,7 +120,7 @@ class _Part:
     conditions: dict[str, Any]
     values: dict[str, dict[int, float]]
     devices: set[str]
-    shared: bool
+    untimed: bool
 
 
 Key = tuple[str, str]  # suite and method
@@ -169,7 +169,7 @@ def _part(table: GroupTable, method: str, parameters: str, rows: pd.DataFrame) -
         conditions=conditions(rows.iloc[0].to_dict()) | json.loads(parameters),
         values={name: by_seed(rows, column) for name, column in columns.items()},
         devices=devices(rows),
-        shared=device_shared(rows),
+        untimed=timing_withheld(rows) is not None,
     )
 
 
@@ -241,11 +241,11 @@ def _unlike(a: _Part, b: _Part) -> str:
 
 def _measurements(a: _Part, b: _Part) -> list[str]:
     """What may be compared of clocks and counters: nothing where devices differ, and no seconds
-    where trials shared one.
+    where they are no measurement.
     """
     if len(a.devices | b.devices) != 1:
         return []
-    return [name for name in PERCENT if name != "seconds" or not (a.shared or b.shared)]
+    return [name for name in PERCENT if name != "seconds" or not (a.untimed or b.untimed)]
 
 
 def _change(before: dict[int, float], after: dict[int, float], quantity: str) -> Change | None:
@@ -313,7 +313,10 @@ def _notes(sides: list[_Side], methods: list[Compared]) -> list[str]:
     if any(change.quantity == "seconds" for method in methods for change in method.changes):
         notes.append("A and B ran at different times: seconds compare the machine's moods, too.")
     elif any(method.changes for method in methods):
-        notes.append("Seconds are not compared: trials shared a device, or devices differ.")
+        notes.append(
+            "Seconds are not compared: trials shared a device, other processes were busy, or "
+            "devices differ."
+        )
     a, b = (", ".join(commits(side.trials)) for side in sides)
     if a != b:
         notes.append(f"Code: A {a}; B {b}.")

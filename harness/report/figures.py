@@ -191,7 +191,8 @@ def _times(table: GroupTable, done: pd.DataFrame, of: GroupLabel) -> Picture:
     axis.set_xlabel("backward FLOPs executed, deciding counted in, % of dense")
     axis.set_ylabel("training and deciding, s")
     legend(figure, axis)
-    shared = " They shared a device: no measurement." if table.timing_shared else ""
+    why = table.timing_withheld
+    shared = f" No measurement: {why}." if why else ""
     caption = f"seconds against FLOPs, a mark for each trial.{shared}"
     return of.picture("seconds", caption, figure)
 

@@ -20,7 +20,10 @@ from harness.report.tables import Column, Section, Table
 if TYPE_CHECKING:
     from harness.report.style import Picture
 
-GROUP = ("suite", "group", "point", "metric", "data", "epochs", "margin", "timing_shared")
+GROUP = (
+    *("suite", "group", "point", "metric", "data", "epochs", "margin"),
+    *("timing_shared", "timing_withheld"),
+)
 # What TeX sets in another way.
 TEX = {
     "\\": r"\textbackslash{}",
@@ -94,8 +97,14 @@ def to_csv(report: Report) -> str:
 def _flat(table: GroupTable, row: dict[str, Any]) -> dict[str, Any]:
     parameters = row.pop("parameters")
     row["seeds"] = " ".join(map(str, row["seeds"]))
+    row["measures"] = "; ".join(
+        f"{measure['name']}{' by layer' * (measure['layers'] > 0)}={measure['mean']}"
+        for measure in row["measures"]
+    )
     group = {name: getattr(table, name) for name in GROUP}
-    found: dict[str, Any] = plain(group | row | parameters)
+    known = group | row
+    own = {f"parameters.{k}" if k in known else k: value for k, value in parameters.items()}
+    found: dict[str, Any] = plain(known | own)
     return found
 
 

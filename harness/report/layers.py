@@ -27,11 +27,11 @@ Array = NDArray[np.float64]
 def layer_pictures(
     done: pd.DataFrame, labels: list[str], results: Results, of: GroupLabel
 ) -> Iterator[Picture]:
-    """The figures of layers for the methods that decide by equilibrium, each by its first seed.
+    """The figures of layers for the methods in question that freeze, each by its first seed.
 
     `done`: finished trials of a group; `labels`: of its methods, in their order.
     """
-    firsts = done[done["kind"] == "neq"].drop_duplicates("label").set_index("label")
+    firsts = done[done["in_question"]].drop_duplicates("label").set_index("label")
     deciding = [label for label in labels if label in firsts.index]
     if not deciding:
         return
@@ -41,13 +41,17 @@ def layer_pictures(
         f"{row.Index}, seed {row.seed}": layers[layers["trial"] == row.trial]
         for row in firsts.itertuples()
     }
-    parts = {label: rows for label, rows in parts.items() if not rows.empty}
+    parts = {label: rows for label, rows in parts.items() if _freezes(rows)}
     if not parts:
         return
     yield _frozen(parts, of, len(deciding))
     label = list(parts)[len(parts) // 2]  # of a sweep, from its middle
     if parts[label]["velocity_quantiles"].notna().any():
         yield _distributions(parts[label], label, of)
+
+
+def _freezes(rows: pd.DataFrame) -> bool:
+    return bool(rows["frozen"].any() or rows["velocity_quantiles"].notna().any())
 
 
 def _frozen(parts: dict[str, pd.DataFrame], of: GroupLabel, count: int) -> Picture:

@@ -5,8 +5,10 @@ counters say, and what a shorter baseline would have done. Field names are the d
 the JSON, where the parts stand flat, one after the other.
 """
 
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
+
+from harness.suite.method_specs import kind_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Savings:
     Shares are of the dense backward (of `paper`: of the paper's count with nothing frozen). `saved`
     and `saved_required` count the cost of deciding in: 1 − (executed + overhead) / dense;
     `saved_paper` is the published way. `frozen`: share of the neurons in the last epoch.
+    `effective_parameters`: those that a method leaves that prunes; such a one has no `saved`.
     """
 
     dense: float
@@ -53,6 +56,7 @@ class Savings:
     saved_required: float
     saved_paper: float
     frozen: float
+    effective_parameters: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,7 @@ class Measured:
     devices. `memory_bytes`: peak of the GPU, mean over seeds; `energy_joules`: of training and
     deciding. Ratios are to the baseline, geometric means over seeds. That of seconds compares the
     sums of training and deciding, and has a 95 % interval. `seconds_verdict`: "less", "more" or
-    "unclear"; None where trials shared a device.
+    "unclear"; None where the seconds are no measurement.
     """
 
     seconds_train: float | None
@@ -80,12 +84,15 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShorterBaseline:
-    """The baseline, stopped when it has spent the FLOPs of a method's backward and deciding.
+    """The baseline, stopped when it has spent the FLOPs that a method spends in all.
 
-    `stopped_epochs`: how many epochs it can train for them; `stopped_metric`: its metric by then;
-    `stopped_difference`: of the method to that, with a 95 % interval. All None where it is no less.
+    `spent_share`: FLOPs of the method's steps (forward, executed backward, deciding) over those of
+    plain training (forward and dense backward). `stopped_epochs`: how many epochs the baseline can
+    train for that; `stopped_metric`: its metric by then; `stopped_difference`: of the method to
+    that, with a 95 % interval. All but the share are None where it is no epoch less.
     """
 
+    spent_share: float | None = None
     stopped_epochs: int | None = None
     stopped_metric: float | None = None
     stopped_difference: float | None = None
@@ -94,12 +101,30 @@ class ShorterBaseline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureRow:
+    """What a method has recorded under one name, as it did last, over seeds.
+
+    `layers`: in how many layers it was recorded; 0: for the whole model. `mean`, `std`: over seeds,
+    of layers of their mean; `low`, `high`: the least and the greatest layer, means over seeds, or
+    seed.
+    """
+
+    name: str
+    layers: int
+    n: int
+    mean: float | None
+    std: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MethodRow:
     """One method with one choice of its parameters, over its finished seeds.
 
     `label`: the method with the parameters in which it differs from another of its name. `n`:
     finished seeds, `failed`: seeds that failed; `withheld`: why there is no verdict although there
-    are seeds.
+    are seeds. `measures`: what the method has recorded itself.
     """
 
     method: str
@@ -113,11 +138,12 @@ class MethodRow:
     savings: Savings
     measured: Measured
     shorter_baseline: ShorterBaseline
+    measures: list[MeasureRow] = field(default_factory=list)
 
     @property
     def plain(self) -> bool:
         """Whether it is a baseline."""
-        return bool(self.parameters["kind"] == "baseline")
+        return kind_of(self.parameters).is_baseline
 
     def to_json(self) -> dict[str, Any]:
         """The documented keys in their order, all parts flat."""

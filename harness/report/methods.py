@@ -17,11 +17,13 @@ from harness.report.intervals import (
     ratio,
     verdict,
 )
+from harness.report.measures import recorded
 from harness.report.method_row import Measured, MethodRow, Quality, Savings, ShorterBaseline
 from harness.report.per_trial import COUNTS, Labels, by_seed
-from harness.suite.method_specs import KINDS
+from harness.suite.method_specs import KINDS, kind_of, told
 
-MEANS = [*COUNTS, "overhead", "paper_dense", "frozen", "saved", "saved_required", "saved_paper"]
+SAVED = ["saved", "saved_required", "saved_paper"]
+MEANS = [*COUNTS, "overhead", "paper_dense", "frozen", "size", *SAVED]
 TIMING = {"below": "less", "above": "more", "unclear": "unclear"}
 
 
@@ -30,6 +32,7 @@ def method_rows(
     failures: Counter[tuple[str, str]],
     labels: Labels,
     margin: float,
+    measures: pd.DataFrame,
     *,
     noise: bool,
     timed: bool,
@@ -38,12 +41,12 @@ def method_rows(
     """One row for each method: baselines first, then kind by kind, of one kind by parameters.
 
     `done`: the finished trials of a group (`per_trial`); `failures`: trials that failed, by method;
-    `margin`: of verdicts, as a share. `noise`: whether they were trained on that; `timed`: whether
-    all ran on one kind of device, `shared`: whether trials shared it.
+    `margin`: of verdicts, as a share; `measures`: rows of that table. `noise`: whether they were
+    trained on that; `timed`: whether all ran on one kind of device, `shared`: whether it had other
+    work.
     """
-    kinds = list(KINDS)
-    baseline = done[done["kind"] == "baseline"].drop_duplicates("seed")
-    lost = sum(n for key, n in failures.items() if json.loads(key[1])["kind"] == "baseline")
+    baseline = done[done["baseline"]].drop_duplicates("seed")
+    lost = sum(n for key, n in failures.items() if kind_of(json.loads(key[1])).is_baseline)
     known = {(str(m), str(p)): rows for (m, p), rows in done.groupby(["method", "parameters"])}
     found = []
     for key in dict.fromkeys([*known, *failures]):
@@ -51,39 +54,39 @@ def method_rows(
         reasons = {"noise": noise, f"{failed} failed": failed, "a baseline failed": lost}
         withheld = next((reason for reason, holds in reasons.items() if holds), None)
         parameters = json.loads(key[1])
-        is_baseline = parameters["kind"] == "baseline"
+        is_baseline = kind_of(parameters).is_baseline
         others = baseline.iloc[:0] if is_baseline else baseline
         quality = _quality(rows, others, margin, judged=withheld is None)
         compared = not is_baseline and quality.difference is not None
-        savings = _savings(rows)
         found.append(
             MethodRow(
                 method=key[0],
                 label=labels[key],
-                parameters=parameters,
+                parameters=told(parameters),
                 n=len(rows),
                 failed=failed,
                 withheld=withheld if compared else None,
                 seeds=[int(seed) for seed in rows["seed"]],
                 quality=quality,
-                savings=savings,
+                savings=_savings(rows),
                 measured=_measurements(rows, others, timed=timed, shared=shared),
-                shorter_baseline=_shorter_baseline(rows, others, 1 - savings.saved),
+                shorter_baseline=_shorter_baseline(rows, others),
+                measures=recorded(measures, rows),
             )
         )
-    found.sort(key=lambda row: (kinds.index(row.parameters["kind"]), _order(row)))
+    found.sort(key=_order)
     return found
 
 
 def _order(row: MethodRow) -> tuple[Any, ...]:
-    family = row.method.partition(" ")[0]
+    at, family = list(KINDS).index(row.parameters["kind"]), row.method.partition(" ")[0]
     numbers = {k: v for k, v in row.parameters.items() if isinstance(v, (int, float))}
-    return family, sorted(numbers.items()), row.method
+    return at, family, sorted(numbers.items()), row.method
 
 
 def labels(pairs: Iterable[tuple[str, str]]) -> Labels:
     """What each method, by name and parameters (JSON), is called beside the others."""
-    known = {pair: json.loads(pair[1]) for pair in dict.fromkeys(pairs)}
+    known = {pair: told(json.loads(pair[1])) for pair in dict.fromkeys(pairs)}
     return {pair: _label(pair, known) for pair in known}
 
 
@@ -117,8 +120,9 @@ def _quality(rows: pd.DataFrame, others: pd.DataFrame, margin: float, *, judged:
 
 def _savings(rows: pd.DataFrame) -> Savings:
     means = {str(name): float(mean) for name, mean in rows[MEANS].mean(skipna=False).items()}
-    paper_dense = means.pop("paper_dense")
+    paper_dense, left = means.pop("paper_dense"), means.pop("size")
     return Savings(
+        effective_parameters=left if math.isfinite(left) else None,
         **means,
         paper_share=_over(means["paper"], paper_dense),
         required_share=_over(means["required"], means["dense"]),
@@ -163,19 +167,21 @@ def _measurements(
     )
 
 
-def _shorter_baseline(rows: pd.DataFrame, others: pd.DataFrame, share: float) -> ShorterBaseline:
-    """The baseline, stopped when it has spent that share of what it spends."""
-    if others.empty or rows.empty or not math.isfinite(share):
+def _shorter_baseline(rows: pd.DataFrame, others: pd.DataFrame) -> ShorterBaseline:
+    """The baseline, stopped when it has spent as much as the method."""
+    share = float(rows["spent"].mean(skipna=False)) if len(rows) else math.nan
+    if others.empty or not math.isfinite(share):
         return ShorterBaseline()
     epochs = len(others["curve"].iloc[0])
     afforded = int(epochs * share + 1e-9)
     if not 1 <= afforded < epochs:
-        return ShorterBaseline()
+        return ShorterBaseline(spent_share=share)
     stopped = by_seed(others.assign(by_then=[c[afforded - 1] for c in others["curve"]]), "by_then")
     if not stopped:
-        return ShorterBaseline()
+        return ShorterBaseline(spent_share=share)
     found = difference(by_seed(rows, "value"), stopped)
     return ShorterBaseline(
+        spent_share=share,
         stopped_epochs=afforded,
         stopped_metric=sum(stopped.values()) / len(stopped),
         **_ends("stopped_difference", found),

@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.report import groups, notes
 from harness.report.method_row import MethodRow
 from harness.report.methods import labels, method_rows
-from harness.report.per_trial import Labels, device_shared, devices, per_trial
+from harness.report.per_trial import Labels, device_shared, devices, per_trial, timing_withheld
 from harness.report.phases import Phase, phases
 from harness.report.published import PaperComparison, against_published
 from harness.storage.frames import Results, read_results
@@ -34,9 +34,9 @@ class GroupTable:
     path; `apart`: in what the experiment differs from the suite's other groups here. `synthetic`:
     trained on noise. `margin`: in percentage points, by which verdicts are made. `devices_alike`:
     all trials ran on one kind of device, a CPU with as many threads; `timing_shared`: they shared
-    it, so that their seconds are no measurement. `missing`, `unfinished` and `failed` name what the
-    rows leave out, `commits` which methods come from which code, where that is several, `notes`
-    what a reader has to know.
+    it; `timing_withheld`: why their seconds are no measurement, for that or another reason.
+    `missing`, `unfinished` and `failed` name what the rows leave out, `commits` which methods come
+    from which code, where that is several, `notes` what a reader has to know.
     """
 
     suite: str
@@ -54,6 +54,7 @@ class GroupTable:
     devices: list[str]
     devices_alike: bool
     timing_shared: bool
+    timing_withheld: str | None
     dense: float
     paper_dense: float
     methods: list[MethodRow]
@@ -114,7 +115,7 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
     apart = groups.apart(chosen)
     of_groups = results.epochs.groupby("group", observed=True)
     epochs = {str(group): rows for group, rows in of_groups}
-    none = results.epochs.iloc[:0]
+    none, measures = results.epochs.iloc[:0], results.measures_of(set(chosen["trial"]))
     tables: list[GroupTable] = []
     done: dict[str, pd.DataFrame] = {}
     for name, rows in chosen.groupby("group", sort=False):
@@ -126,7 +127,7 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
         called = labels([*pairs, *state.failures])
         done[group] = per_trial(state.done, mine, called)
         tables.append(
-            _group(rows, state, done[group], mine, requests, called, apart, results.twice)
+            _group(rows, state, done[group], mine, requests, called, apart, results.twice, measures)
         )
     tables.sort(key=lambda table: table.suite)
     not_begun = [] if only is not None else _not_begun(results)
@@ -192,6 +193,7 @@ def _group(
     called: Labels,
     apart: dict[str, dict[str, Any]],
     twice: dict[str, list[str]],
+    measures: pd.DataFrame,
 ) -> GroupTable:
     first, group = trials.iloc[0], str(trials["group"].iloc[0])
     request = requests[-1] if requests else Request(group=group, trials=[])
@@ -201,9 +203,16 @@ def _group(
     experiment = json.loads(first["experiment"])
     synthetic = bool(experiment["data"].get("synthetic"))
     margin = MARGIN if request.margin is None else request.margin
-    alike, sharing = len(devices(state.done)) == 1, device_shared(state.done)
+    alike, withheld = len(devices(state.done)) == 1, timing_withheld(done)
     rows = method_rows(
-        done, state.failures, called, margin / 100, noise=synthetic, timed=alike, shared=sharing
+        done,
+        state.failures,
+        called,
+        margin / 100,
+        measures,
+        noise=synthetic,
+        timed=alike,
+        shared=withheld is not None,
     )
     return GroupTable(
         suite=first["suite"],
@@ -221,7 +230,8 @@ def _group(
         margin=margin,
         devices=sorted(trials["gpu"].fillna(trials["cpu"]).dropna().unique()),
         devices_alike=alike,
-        timing_shared=sharing,
+        timing_shared=device_shared(state.done),
+        timing_withheld=withheld,
         dense=float(done["dense"].mean()),
         paper_dense=float(done["paper_dense"].mean()),
         methods=rows,

@@ -9,6 +9,7 @@ import pandas as pd
 from harness.report.intervals import FEWEST
 from harness.report.method_row import MethodRow
 from harness.report.words import counted
+from harness.storage.provenance import is_commit
 from harness.suite.config import MARGIN
 
 FEW = 6  # seeds, below which intervals say little about rare failures
@@ -74,13 +75,18 @@ def commits(trials: pd.DataFrame) -> list[str]:
     pairs = zip(trials["git_sha"], trials["git_dirty"], strict=True)
     counts = Counter((_sha(sha), not pd.isna(dirty) and bool(dirty)) for sha, dirty in pairs)
     return [
-        f"{sha[:7]}{' with uncommitted changes' if dirty else ''}{f' ({n})' * (len(counts) > 1)}"
+        _short(sha) + " with uncommitted changes" * dirty + f" ({n})" * (len(counts) > 1)
         for (sha, dirty), n in counts.items()
     ]
 
 
 def _sha(value: Any) -> str:
     return value if isinstance(value, str) else "unknown"
+
+
+def _short(codes: str) -> str:
+    """Commits, with "; " between, by their first digits; versions as they are."""
+    return "; ".join(one[:7] if is_commit(one) else one for one in codes.split("; "))
 
 
 def commits_by_method(trials: pd.DataFrame) -> list[str]:

@@ -3,9 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pandas as pd
 
+from harness.suite.method_specs import kind_of
+
 COUNTS = ["dense", "paper", "required", "executed"]
+OTHER_LOAD = 0.5  # CPUs, or processes on a GPU: with more of others, seconds have no verdict
 Labels = dict[tuple[str, str], str]  # by name and parameters (JSON) of a method
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]
 
@@ -14,9 +18,11 @@ def per_trial(done: pd.DataFrame, epochs: pd.DataFrame, labels: Labels) -> pd.Da
     """The finished trials `done` of a group, a row each, with what their `epochs` say.
 
     `labels`: what each method, by name and parameters (JSON), is called. New columns: `value` and
-    `curve` (the last metric, that of every epoch); `dense`, `paper`, `required`, `executed` and
-    `overhead` (FLOPs per sample, mean over epochs), `paper_curve`, `paper_dense`; `saved…`,
-    `frozen` (shares); `seconds…`, `memory` (bytes), `energy` (joules); `kind` and `label`.
+    `curve` (the last metric, that of every epoch); `forward`, `dense`, `paper`, `required`,
+    `executed` and `overhead` (FLOPs per sample, mean over epochs), `paper_curve`, `paper_dense`;
+    `saved…`, `spent` (of all FLOPs of plain training), `frozen` (shares); `seconds…`, `memory`
+    (bytes), `energy` (joules), `other_load`; `size` (parameters that are left, of what prunes);
+    `baseline`, `in_question` and `label`. Shares are of the baseline's model, where there is one.
     """
     mine = epochs[epochs["trial"].isin(done["trial"])].sort_values("epoch", kind="stable")
     by_sample = {
@@ -25,13 +31,16 @@ def per_trial(done: pd.DataFrame, epochs: pd.DataFrame, labels: Labels) -> pd.Da
     mine = mine.assign(
         **by_sample,
         overhead=mine["overhead_flops"] / mine["samples"],
+        forward=mine["forward_flops"] / mine["samples"],
         frozen=mine["frozen_neurons"] / mine["total_neurons"],
     )
     trials = mine.groupby("trial", observed=True)
     known = trials[[*MEASURED, *COUNTS]].count().eq(trials.size(), axis=0)  # in every epoch
     lists = trials[["test_metric", "paper"]].agg(list)
     sums = trials[MEASURED].sum().where(known[MEASURED])
-    found = trials[[*COUNTS, "overhead"]].mean().where(known[COUNTS].assign(overhead=True))
+    always = ["overhead", "forward", "other_load"]
+    whole = known[COUNTS].assign(**dict.fromkeys(always, True))
+    found = trials[[*COUNTS, *always]].mean().where(whole)
     found = found.assign(
         curve=lists["test_metric"],
         value=[curve[-1] for curve in lists["test_metric"]],
@@ -42,16 +51,42 @@ def per_trial(done: pd.DataFrame, epochs: pd.DataFrame, labels: Labels) -> pd.Da
         seconds_decide=sums["seconds_equilibrium"],
         memory=trials["peak_memory_bytes"].max(),
         energy=sums["energy_joules"],
+        size=trials["effective_parameters"].last(),
+        most_load=trials["other_load"].max(),
     )
     joined = done.join(found, on="trial").sort_values(["seed", "started"], kind="stable")
-    joined["kind"] = [json.loads(parameters)["kind"] for parameters in joined["parameters"]]
-    return joined.assign(
+    kinds = [kind_of(json.loads(parameters)) for parameters in joined["parameters"]]
+    joined = joined.assign(
+        baseline=np.array([kind.is_baseline for kind in kinds], dtype=bool),
+        in_question=np.array([kind.in_question for kind in kinds], dtype=bool),
         label=[labels[pair] for pair in zip(joined["method"], joined["parameters"], strict=True)],
         seconds=joined["seconds_train"] + joined["seconds_decide"],
-        saved=1 - (joined["executed"] + joined["overhead"]) / joined["dense"],
-        saved_required=1 - (joined["required"] + joined["overhead"]) / joined["dense"],
-        saved_paper=1 - joined["paper"] / joined["paper_dense"],
+        # A process that comes to a GPU for an epoch is too many; a CPU may be busy for a moment.
+        other_load=joined["other_load"].where(joined["gpu"].isna(), joined["most_load"]),
     )
+    return _with_shares(joined)
+
+
+def _with_shares(trials: pd.DataFrame) -> pd.DataFrame:
+    """With what was saved and spent; what prunes saves nothing: it is smaller afterwards, and no
+    cheaper in training.
+    """
+    plain = trials[trials["baseline"]]
+    forward = trials["forward"]
+    if len(plain):  # a method may train another model: it is held against the suite's
+        first = plain.iloc[0]
+        trials = trials.assign(dense=first["dense"], paper_dense=first["paper_dense"])
+        forward = first["forward"]
+    spent = trials["executed"] + trials["overhead"]
+    required = trials["required"] + trials["overhead"]
+    shares = {
+        "saved": 1 - spent / trials["dense"],
+        "saved_required": 1 - required / trials["dense"],
+        "saved_paper": 1 - trials["paper"] / trials["paper_dense"],
+        "spent": (trials["forward"] + spent) / (forward + trials["dense"]),
+    }
+    saves = trials["size"].isna()
+    return trials.assign(**{name: share.where(saves) for name, share in shares.items()})
 
 
 def devices(done: pd.DataFrame) -> set[str]:
@@ -69,6 +104,19 @@ def devices(done: pd.DataFrame) -> set[str]:
 def device_shared(done: pd.DataFrame) -> bool:
     """Whether any of these trials shared its device, or may have."""
     return bool((done["trials_on_device"] != 1).any())
+
+
+def timing_withheld(done: pd.DataFrame) -> str | None:
+    """Why the seconds of these trials (of `per_trial`) are no measurement; None where they are."""
+    if device_shared(done):
+        return "trials shared a device"
+    gpu = done["gpu"].notna()
+    on_cpu, on_gpu = (done.loc[gpu == where, "other_load"].max() for where in (False, True))
+    if on_cpu > OTHER_LOAD:
+        return f"other processes kept {on_cpu:.1f} CPUs busy ({OTHER_LOAD:g} at most)"
+    if on_gpu > OTHER_LOAD:
+        return f"{on_gpu:.0f} other process{'es' * int(on_gpu > 1)} had memory on the GPU"
+    return None
 
 
 def by_seed(rows: pd.DataFrame, column: str) -> dict[int, float]:

@@ -1,5 +1,6 @@
 """Where in training the saving arises: by phases of the learning-rate schedule."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -47,10 +48,16 @@ def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
     by_epoch = mine.groupby(["label", "epoch"])[columns]
     curves = by_epoch.mean().where(by_epoch.count().eq(by_epoch.size(), axis=0))
     labels = list(dict.fromkeys(done["label"]))
+    plain = [*done.loc[done["baseline"], "label"], None][0]
+    pruned = set(done.loc[done["size"].notna(), "label"])
     lr = curves.loc[labels[0], "lr"]
     found, before = [], dict[str, float]()
     for first, last in _bounds(list(lr)):
-        rows = [_row(label, curves.loc[label], first, last, before) for label in labels]
+        rows = []
+        for label in labels:
+            dense = curves.loc[plain or label, "backward_flops_dense"]
+            spent = curves.loc[label, "spent"] * (math.nan if label in pruned else 1)
+            rows.append(_row(label, curves.loc[label], dense, spent, (first, last), before))
         before = {row.label: row.metric for row in rows}
         found.append(Phase(first=first, last=last, lr=float(lr.iloc[first]), methods=rows))
     return found
@@ -72,17 +79,23 @@ def _bounds(lr: list[float]) -> list[tuple[int, int]]:
 
 
 def _row(
-    label: str, curve: pd.DataFrame, first: int, last: int, before: dict[str, float]
+    label: str,
+    curve: pd.DataFrame,
+    dense: "pd.Series[float]",
+    spent: "pd.Series[float]",
+    ends: tuple[int, int],
+    before: dict[str, float],
 ) -> PhaseRow:
-    part = curve.loc[first:last]
+    """`dense`, `spent`: FLOPs of each epoch; of a method that prunes, which saves none, NaN."""
+    part = curve.loc[ends[0] : ends[1]]
     metric = float(part["test_metric"].iloc[-1])
-    dense = float(part["backward_flops_dense"].sum())
-    less = dense - float(part["spent"].sum(skipna=False))
+    whole = float(dense.loc[ends[0] : ends[1]].sum())
+    less = whole - float(spent.loc[ends[0] : ends[1]].sum(skipna=False))
     return PhaseRow(
         label=label,
         metric=metric,
         gained=metric - before[label] if label in before else None,
-        saved=less / dense,
-        share=less / float(curve["backward_flops_dense"].sum()),
+        saved=less / whole,
+        share=less / float(dense.sum()),
         frozen=float(part["frozen"].mean()),
     )

@@ -7,6 +7,7 @@ from typing import Any
 from harness.report import views
 from harness.report.answers import answers
 from harness.report.curves import Sweep, sweep_of, sweeps
+from harness.report.measures_view import measures
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.paper_view import against_paper
 from harness.report.tables import Section
@@ -57,6 +58,7 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         made += [views.by_phase(table)] if len(table.methods) > 1 else []
         shorter = any(row.shorter_baseline.stopped_epochs for row in table.methods)
         made += [views.shorter_baseline(table)] if shorter else []
+    made += [measures(table)] if any(row.measures for row in table.methods) else []
     made += [against_paper(table)] if made and table.published else []
     alerts = [("Not begun", line) for line in table.missing]
     alerts += [("Unfinished", line) for line in table.unfinished]

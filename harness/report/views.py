@@ -1,5 +1,6 @@
 """The numbers of a group as tables."""
 
+import math
 from collections.abc import Callable
 
 from harness.report.curves import Sweep
@@ -28,7 +29,8 @@ SAVED = (
     "neuron with its whole share."
 )
 TIMES = "time: of training and deciding{mark}, and over the baseline's with its 95 % interval."
-SHARED = "* Trials shared a device: these seconds are no measurement and have no verdict."
+LEFT = "left: parameters that are left by a method that prunes; in training that saves nothing."
+WITHHELD = "* {why}: these seconds are no measurement and have no verdict."
 MIXED = "Trials ran on different devices, or with other threads: nothing measured is compared."
 CUT = "gradient cut: an approximation; no gradient flowed through frozen neurons."
 ACCURACY = (
@@ -40,9 +42,10 @@ PHASES = (
     "the method saves. {metric}: at the end of the phase, with its change since the phase before."
 )
 STOPPED = (
-    "The baseline as it was after as many epochs as the method's FLOPs would have paid for; Δ: the "
-    "method at its end minus that, in percentage points. Its schedule was not shortened: one that "
-    "was would do better, above all where the last phase was not reached (†)."
+    "FLOPs: all that a method spends (forward, executed backward, deciding), of what plain "
+    "training does. The baseline as it was after as many epochs as that pays for; Δ: the method at "
+    "its end minus that, in percentage points. Its schedule was not shortened: one that was would "
+    "do better, above all where the last phase was not reached (†)."
 )
 
 
@@ -114,7 +117,7 @@ def _verdict(row: MethodRow) -> Cell:
 def savings(table: GroupTable) -> Table:
     """The table of what was saved, by which count, and what the clock says."""
     unit, scale = flops_unit(table.dense)
-    mark = "*" if table.timing_shared else ""
+    mark = "*" if table.timing_withheld else ""
     optional: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
     if any(row.measured.memory_bytes is not None for row in table.methods):
         optional += [
@@ -126,6 +129,10 @@ def savings(table: GroupTable) -> Table:
             (Column("energy", "kJ", wide=True), lambda r: _scaled(r.measured.energy_joules, 1e3)),
             (Column("energy", "× base", wide=True), lambda r: _times(r.measured.energy_ratio)),
         ]
+    pruned = any(row.savings.effective_parameters is not None for row in table.methods)
+    if pruned:
+        left = Column("left", "k params")
+        optional.append((left, lambda r: _scaled(r.savings.effective_parameters, 1e3)))
     rows = [
         [
             Cell(row.label),
@@ -136,7 +143,7 @@ def savings(table: GroupTable) -> Table:
             _share(row.savings.saved_required),
             _share(row.savings.saved_paper),
             _seconds(row),
-            _ratio(row, shared=table.timing_shared),
+            _ratio(row, shared=bool(table.timing_withheld)),
             *(cell(row) for _, cell in optional),
         ]
         for row in table.methods
@@ -144,10 +151,13 @@ def savings(table: GroupTable) -> Table:
     notes = [SAVED.format(dense=flops_text(table.dense), paper=flops_text(table.paper_dense))]
     if any(row.parameters.get("gradient") == "cut" for row in table.methods):
         notes.append(CUT)
+    notes += [LEFT] if pruned else []
     if not table.devices_alike:
         notes.append(MIXED)
     else:
-        notes += [TIMES.format(mark=mark), *([SHARED] if table.timing_shared else [])]
+        notes.append(TIMES.format(mark=mark))
+        if why := table.timing_withheld:
+            notes.append(WITHHELD.format(why=why[0].upper() + why[1:]))
     return Table(
         title="Savings",
         columns=[
@@ -218,7 +228,7 @@ def shorter_baseline(table: GroupTable) -> Table:
         title="Against a shorter baseline",
         columns=[
             Column("method", text=True),
-            Column("FLOPs", "% of dense"),
+            Column("FLOPs", "% of plain"),
             Column("baseline stopped", "epochs"),
             Column(f"its {table.metric}", "%"),
             Column("Δ", "pp"),
@@ -235,7 +245,7 @@ def _shorter(row: MethodRow, table: GroupTable) -> list[Cell]:
     epochs = f"{found.stopped_epochs} of {table.epochs}{_early(row, table)}"
     return [
         Cell(row.label),
-        _share(1 - row.savings.saved),
+        _share(found.spent_share or math.nan),
         Cell(epochs, found.stopped_epochs),
         Cell(spread(found.stopped_metric, None), found.stopped_metric),
         Cell(signed(found.stopped_difference), found.stopped_difference),

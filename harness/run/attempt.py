@@ -68,7 +68,7 @@ def ended_meanwhile(store: Store, key: str, claim: Claim | None) -> Elsewhere | 
     row = store.trial(key) if claim else None
     if row is None or claim is None:
         return None
-    if row["state"] == "done" and store.has_rows(key):
+    if row["state"] == "done" and store.has_rows(row):
         return Elsewhere()
     if row["state"] == "failed" and claim.attempts not in (None, row["attempts"]):
         return Failure(row["reason"], row["traceback"])

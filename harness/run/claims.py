@@ -76,7 +76,7 @@ class Claims:
         self._others.pop(key, None)
         row = store.trial(key)
         state = row["state"] if row else None
-        if state == "done" and store.has_rows(key):
+        if row and state == "done" and store.has_rows(row):
             self._events += [(spec, Elsewhere()), (spec, None)]
         elif row and state == "failed" and not retry:
             self._events += [(spec, Failure(row["reason"], row["traceback"])), (spec, None)]

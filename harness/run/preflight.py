@@ -1,18 +1,24 @@
 """What can be checked before the first step, so that it shows before hours are spent."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+import neq
 from harness import parallel
 from harness.data.dataset import Batch, Dataset
 from harness.data.load import load_data
 from harness.errors import UserError, with_origin
+from harness.flops.costs import Costs
 from harness.flops.subject import costs_of
-from harness.methods.freezing import Freezing
+from harness.methods.building import build_method
+from harness.methods.training import Training, Weights
+from harness.run.rehearsal import rehearse
 from harness.seeds import restored
 from harness.suite import parts
 from harness.suite.config import Suite, TrialSpec
@@ -39,10 +45,10 @@ def preflight(trials: Sequence[TrialSpec]) -> Dataset:
         check_inputs(suite, samples)
         model = parts.build_model(suite.model.build, folder, suite.model.arguments)
         weights.load_weights(model, suite.model)
-        costs_of(model, suite.model.input, suite.model.unpublished)
-        check_methods(suite, model, [trial.method for trial in trials])
+        costs = costs_of(model, suite.model.input, suite.model.unpublished)
         task = build_task(suite, folder)
         check_outputs(suite, task, model, samples, data.labels())
+        check_methods(trials, model, costs)
         if suite.resources.world_size > 1:
             check_gradients(suite, task, model, samples)
     return data
@@ -63,15 +69,36 @@ def check_size(suite: Suite, data: Dataset) -> None:
         )
 
 
-def check_methods(suite: Suite, model: nn.Module, names: Sequence[str]) -> None:
-    """Raises UserError where a method, the optimizer or the schedule does not fit the model."""
-    for name in dict.fromkeys(names):
-        optimizer, _ = build_optimizer(suite.name, suite.recipe, model)
+def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -> None:
+    """Raises UserError where a method, the optimizer or the schedule does not fit the model, and
+    for what is wrong in a method of the user's own.
+    """
+    for trial in {trial.method: trial for trial in trials}.values():
+        suite = trial.suite
+        copied = copy.deepcopy(model)  # which the method may hook
+        optimizer, _ = build_optimizer(suite.name, suite.recipe, copied)
         try:
-            method = Freezing(suite.methods[name], model, optimizer, suite.model.exclude, seed=0)
-        except ValueError as error:
-            raise UserError(f"suite {suite.name}: method {name} on this model: {error}") from None
-        method.freezer.remove()
+            if trial.method_spec.foreign:
+                rehearse(trial, SAMPLES * parallel.workers())
+            else:
+                build_method(trial, _untrained(suite, copied, optimizer, costs))
+        except UserError as error:
+            raise UserError(f"suite {suite.name}: {error}") from None
+
+
+def _untrained(suite: Suite, model: nn.Module, optimizer: Optimizer, costs: Costs) -> Training:
+    return Training(
+        model=model,
+        optimizer=optimizer,
+        exclude=suite.model.exclude,
+        costs=costs,
+        samples={"train": 0, "validation": 0},
+        seed=0,
+        timings=neq.Timings(),
+        best=Weights(model),
+        validation_batches=tuple,
+        validation_loss=float,
+    )
 
 
 def few(suite: Suite, data: Dataset) -> FirstSamples:

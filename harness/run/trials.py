@@ -95,12 +95,14 @@ def specs(
 def _first(suite: Suite, folder: Path, shipped: bool) -> TrialSpec:
     """A trial of the experiment, of which the others differ in method and seed."""
     data = load_data(suite, folder)
+    code, method_code = parts.code_digests(suite, folder, shipped=shipped)
     first = TrialSpec(
         suite=suite,
         folder=str(folder),
         method=next(iter(suite.methods)),
         seed=suite.seeds[0],
-        code=parts.code_digest(suite, folder, shipped=shipped),
+        code=code,
+        method_code=method_code,
         fingerprint=data.fingerprint(),
         weights=weights.weights_identity(suite.model.weights),
         data_name=data.name,
@@ -113,9 +115,9 @@ def _first(suite: Suite, folder: Path, shipped: bool) -> TrialSpec:
 def states(trials: Sequence[TrialSpec], root: str) -> list[TrialState]:
     """The state of each trial in the results below `root`."""
     store = Store(root, trials[0].suite.name)
-    rows = store.read("trials", ["trial", "state", "epochs_done"]).to_pylist()
+    rows = store.read("trials", ["trial", "state", "epochs_done", "measures"]).to_pylist()
     known = {row["trial"]: (row["state"], row["epochs_done"]) for row in rows}
-    whole = store.with_rows()
+    whole = store.with_rows(rows)
     found = []
     for spec in trials:
         key = spec.key
@@ -180,7 +182,7 @@ def chosen_methods(suite: Suite, chosen: str | None) -> list[str]:
                 f"{', '.join(suite.methods)}"
             )
     names = [name for found in families.values() for name in found]
-    needing = [n for n in names if suite.methods[n].kind in ("neq", "smallest_velocity")]
+    needing = [name for name in names if suite.methods[name].needs_validation]
     if needing and suite.data.validation_size == 0:
         raise UserError(
             f"suite {suite.name}: {needing[0]} decides on validation images: "

@@ -32,14 +32,26 @@ class Results:
         """
         return self.layers_of(None)
 
+    @property
+    def measures(self) -> pd.DataFrame:
+        """All rows of `measures`, what methods have recorded themselves; read when asked for."""
+        return self._rows("measures", None)
+
+    def measures_of(self, trials: Container[str]) -> pd.DataFrame:
+        """The rows of `measures` of these trials."""
+        return self._rows("measures", trials)
+
     def layers_of(self, trials: Container[str] | None) -> pd.DataFrame:
         """The rows of `layers` of these trials; None: of all."""
+        return self._rows("layers", trials)
+
+    def _rows(self, kind: str, trials: Container[str] | None) -> pd.DataFrame:
         tables = [
-            store.read("layers", only=keys if trials is None else {k for k in keys if k in trials})
+            store.read(kind, only=keys if trials is None else {k for k in keys if k in trials})
             for store, keys in self._origins
         ]
-        layers: pd.DataFrame = pa.concat_tables(tables).to_pandas()
-        return layers
+        rows: pd.DataFrame = pa.concat_tables(tables).to_pandas()
+        return rows
 
 
 def load_results(*where: str, root: str = "results") -> Results:

@@ -37,7 +37,7 @@ class Owner:
         self._commits.save(epochs, self._lease, state, self._write, last=last)
 
     def write_table(self, kind: str, rows: pa.Table) -> None:
-        """Replace the trial's file of one table ("trials", "epochs" or "layers")."""
+        """Replace the trial's file of one table ("trials", "epochs", …)."""
         name = f"{kind}/{self.key}.parquet"
         self._write(name, _parquet(rows))
         try:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +46,18 @@ def provenance(gpu: bool) -> dict[str, Any]:
     }
 
 
+def code() -> str | None:
+    """The commit of this code, with + where it has uncommitted changes, or its version."""
+    known = provenance(gpu=False)
+    sha = known["git_sha"]
+    return sha and f"{sha}{'+' if known['git_dirty'] else ''}"
+
+
+def is_commit(code: str) -> bool:
+    """Whether what `code` returned is a commit, and no version."""
+    return re.fullmatch(r"[0-9a-f]{7,}\+?", code) is not None
+
+
 def hardware(gpu: bool) -> str:
     """The model of the device that this process computes on; of a CPU with its number of
     threads.
@@ -58,10 +71,14 @@ def hardware(gpu: bool) -> str:
 
 
 def _code() -> dict[str, Any]:
-    """The commit: of the checkout, or "SHA" or "SHA dirty" in NEQBENCH_CODE where there is none."""
+    """The commit: of the checkout, or "SHA" or "SHA dirty" in NEQBENCH_CODE. Where this file is no
+    part of a checkout, the installed version: a repository around it is somebody else's.
+    """
     given = os.environ.get("NEQBENCH_CODE", "").split()
     if given:
         return {"git_sha": given[0], "git_dirty": "dirty" in given[1:]}
+    if _git("ls-files", "--error-unmatch", __file__) is None:
+        return {"git_sha": _version("neqbench"), "git_dirty": None}
     status = _git("status", "--porcelain")
     return {
         "git_sha": _git("rev-parse", "HEAD"),

@@ -7,14 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-import neq
 from harness.storage.checkpoint import pack_table, table_in
 from harness.storage.owner import Owner
-from harness.storage.provenance import Slot, provenance
-from harness.storage.schema import QUANTILES, SCHEMAS, EpochRecord, Failure, identified
+from harness.storage.provenance import Slot, is_commit, provenance
+from harness.storage.schema import SCHEMAS, EpochRecord, Failure, identified
 from harness.suite.config import TrialSpec
 
 HARDWARE = ("cpu", "gpu", "driver")
@@ -33,15 +30,15 @@ class Recorder:
         self.epochs: list[EpochRecord] = []
         self.threads = spec.suite.resources.cpus
         self._spec, self._owner, self._slot = spec, owner, slot
-        self._layers = SCHEMAS["layers"].empty_table()
+        self._tables = {kind: SCHEMAS[kind].empty_table() for kind in ("layers", "measures")}
         self._provenance = provenance(slot.gpu)
         self._hardware: dict[str, list[str | None]] = {
             name: [self._provenance[name]] if here else [] for name in HARDWARE
         }
         self._sharing = slot.sharing
-        earlier = owner.store.trial(spec.key)
-        self._attempts = earlier["attempts"] + 1 if earlier else 1
-        self._started = earlier["started"] if earlier else datetime.now(UTC)
+        self._earlier = owner.store.trial(spec.key) or {}
+        self._attempts = self._earlier.get("attempts", 0) + 1
+        self._started = self._earlier.get("started") or datetime.now(UTC)
 
     @property
     def complete(self) -> bool:
@@ -49,32 +46,17 @@ class Recorder:
         return len(self.epochs) == self._spec.suite.recipe.epochs
 
     def add(
-        self,
-        record: EpochRecord,
-        frozen: Tensor,
-        flops: Mapping[str, Mapping[str, int]],
-        freezer: neq.NeuronFreezer,
+        self, record: EpochRecord, layers: list[dict[str, Any]], measures: list[dict[str, Any]]
     ) -> None:
-        """Add one epoch and the rows of its layers.
-
-        `frozen`: bool [neurons], in force during the epoch; the freezer's reading was taken after
-        it. `flops`: FLOPs columns of each layer that is called; they are null for the others.
-        """
+        """Add one epoch, with the rows of `layers` and `measures` that belong to it."""
         self.epochs.append(record)
-        rows = [
-            {
-                "epoch": record.epoch,
-                "layer": name,
-                "neurons": part.stop - part.start,
-                "frozen": int(frozen[part].sum()),
-                **flops.get(name, {}),
-                "phi_quantiles": _quantiles(freezer.reading.phi[part]),
-                "delta_phi_quantiles": _quantiles(freezer.reading.delta_phi[part]),
-                "velocity_quantiles": _quantiles(freezer.reading.velocity[part]),
-            }
-            for name, part in freezer.neurons.items()
-        ]
-        self._layers = pa.concat_tables([self._layers, identified(self._spec, rows, "layers")])
+        for kind, rows in (("layers", layers), ("measures", measures)):
+            new = identified(self._spec, [{"epoch": record.epoch} | row for row in rows], kind)
+            self._tables[kind] = pa.concat_tables([self._tables[kind], new])
+
+    def sharing(self, trials: int) -> None:
+        """So many trials were seen on the device."""
+        self._sharing = max(self._sharing, trials)
 
     def committed(self, seconds: float) -> EpochRecord:
         """Publish and return the last epoch, whose commit took `seconds`."""
@@ -84,7 +66,7 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps as `state["rows"]`: tensors and plain values."""
-        tables = {"epochs": self._epochs_table(), "layers": self._layers}
+        tables = {"epochs": self._epochs_table(), **self._tables}
         ran_on = {"hardware": self._hardware, "sharing": self._sharing}
         packed = {kind: pack_table(table) for kind, table in tables.items()}
         return packed | ran_on | {"threads": self.threads}
@@ -92,8 +74,10 @@ class Recorder:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on after the rows of a checkpoint's `state`."""
         rows = state["rows"]
-        epochs, self._layers = table_in(rows, "epochs"), table_in(rows, "layers")
-        self.epochs = [EpochRecord.of(row) for row in epochs.to_pylist()]
+        self.epochs = [EpochRecord.of(row) for row in table_in(rows, "epochs").to_pylist()]
+        for kind in self._tables:
+            if kind in rows:  # measures came with schema version 3
+                self._tables[kind] = table_in(rows, kind)
         self.threads = rows["threads"]
         if self.complete:  # this attempt has nothing left to compute
             self._sharing, self._hardware = rows["sharing"], rows["hardware"]
@@ -106,7 +90,9 @@ class Recorder:
     def publish(self, failure: Failure | None = None) -> None:
         """Rewrite the trial's parquet files; with `failure`, as those of a trial that failed."""
         if self.epochs:
-            self._owner.write_table("layers", self._layers)
+            for kind, table in self._tables.items():
+                if len(table):
+                    self._owner.write_table(kind, table)
             self._owner.write_table("epochs", self._epochs_table())
         row = self._trial_row(failure)
         self._owner.write_table("trials", identified(self._spec, [row], "trials"))
@@ -126,7 +112,7 @@ class Recorder:
             "metric": self._spec.metric,
             "title": suite.title,
             "experiment": json.dumps(suite.experiment()),
-            "parameters": self._spec.method_spec.model_dump_json(),
+            "parameters": self._spec.parameters,
             "data": self._spec.data_name,
             "data_fingerprint": self._spec.fingerprint,
             "attempts": self._attempts,
@@ -134,20 +120,32 @@ class Recorder:
             "threads": self.threads,
             "device": self._slot.device,
             **self._provenance,
+            **self._code(),
             **{name: _joined(values) for name, values in self._hardware.items()},
+            "measures": len(self._tables["measures"]),
             "started": self._started,
             "updated": datetime.now(UTC),
         }
 
+    def _code(self) -> dict[str, Any]:
+        """The commits that computed the epochs; of epochs that don't say so, what was known."""
+        if not self.epochs:
+            return {}
+        codes = [record.code for record in self.epochs]
+        earlier = self._earlier
+        if None in codes and earlier.get("git_sha"):  # they came with schema version 3
+            mark = "+" if earlier["git_dirty"] else ""
+            codes = [*(f"{sha}{mark}" for sha in earlier["git_sha"].split("; ")), *codes]
+        known = list(dict.fromkeys(one for one in codes if one))
+        dirty = any(one.endswith("+") for one in known)
+        found = {
+            "git_sha": _joined(list(dict.fromkeys(one.rstrip("+") for one in known))),
+            "git_dirty": dirty if any(map(is_commit, known)) else None,
+        }
+        if earlier.get("epochs_done") == len(self.epochs):  # this attempt has computed nothing
+            found["versions"] = earlier["versions"]
+        return found
+
 
 def _joined(values: list[str | None]) -> str | None:
     return "; ".join(value for value in values if value) or None
-
-
-def _quantiles(values: Tensor) -> list[float] | None:
-    """At schema.QUANTILES, of the values that are defined; None where none is."""
-    defined = values[~values.isnan()]
-    if not len(defined):
-        return None
-    at = torch.tensor(QUANTILES, dtype=defined.dtype)
-    return [float(q) for q in torch.quantile(defined, at)]

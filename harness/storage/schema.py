@@ -1,4 +1,4 @@
-"""The three tables of results, and the record of one epoch.
+"""The tables of results, and the record of one epoch.
 
 A column is declared once, here, with its type, its meaning and who reads it. The Arrow schemas, the
 fields of `EpochRecord`, what the report reads and the tables of results/README.md follow from that.
@@ -8,7 +8,7 @@ To add one to `epochs`: declare it with the next `since`, raise VERSION, give it
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,14 +16,17 @@ import pyarrow.parquet as pq
 from harness.errors import UserError, one_line
 from harness.suite.config import TrialSpec
 
-VERSION = 2  # raise with every column that is added
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 3  # raise with every column that is added
 SCHEMA_VERSION = str(VERSION)
 REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 INTEGER, NUMBER, TEXT, YES_NO = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 TIME, NUMBERS = pa.timestamp("us", tz="UTC"), pa.list_(pa.float64())
-_ARROW = {int: INTEGER, float: NUMBER, int | None: INTEGER, float | None: NUMBER}
+_ARROW = {int: INTEGER, float: NUMBER, int | None: INTEGER, float | None: NUMBER, str | None: TEXT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ class EpochRecord:
     test_metric: float = _column("what `metric` of `trials` names, a share from 0 to 1")
     frozen_neurons: int = _column("neurons frozen during the epoch")
     total_neurons: int = _column("all neurons of the model")
-    forward_flops: int = _column("FLOPs of the training forwards", reported=False, by_layer=True)
+    forward_flops: int = _column("FLOPs of the training forwards", by_layer=True)
     backward_flops_dense: int = _column(
         "of the backwards with nothing frozen: weight and input gradients", by_layer=True
     )
@@ -77,7 +80,7 @@ class EpochRecord:
     backward_flops_executed: int | None = _column(
         "what the kernels of the plan in force really did", by_layer=True
     )
-    overhead_flops: int = _column("FLOPs of deciding who freezes next")
+    overhead_flops: int = _column("FLOPs of deciding: evaluations, and whatever a method adds")
     seconds_train: float = _column("seconds of training, by the first worker's clock")
     seconds_equilibrium: float = _column("seconds of deciding")
     seconds_test: float = _column("seconds of validation and test", reported=False)
@@ -89,6 +92,20 @@ class EpochRecord:
         "energy of training and deciding, of all GPUs of the trial by their own counters; null on "
         "a CPU, on a GPU that trials share, and without `neqbench[energy]`",
         since=2,
+    )
+    effective_parameters: int | None = _column(
+        "parameters that are left, of a method that prunes; null for others", since=3
+    )
+    other_load: float | None = _column(
+        "what else the device did meanwhile: CPUs that other processes kept busy, on average over "
+        "the epoch; on a GPU, how many other processes had memory there",
+        since=3,
+    )
+    code: str | None = _column(
+        "commit that computed the epoch, with + where it had uncommitted changes; the version "
+        "where neqbench was installed",
+        reported=False,
+        since=3,
     )
 
     def row(self) -> dict[str, Any]:
@@ -110,13 +127,27 @@ class Failure:
     traceback: str
 
 
-def flops_columns(forward: int, backward: Mapping[str, int]) -> dict[str, int]:
-    """The FLOPs columns that `epochs` and `layers` share; `backward`: "dense", "paper", … →
-    FLOPs.
+def flops_columns(flops: Mapping[str, int | None]) -> dict[str, Any]:
+    """FLOPs by name ("forward", "backward_dense", …, "overhead") → by column of `epochs` and
+    `layers`.
     """
-    return {"forward_flops": forward} | {
-        f"backward_flops_{name}": flops for name, flops in backward.items()
+    return {
+        name.replace("backward", "backward_flops")
+        if name.startswith("backward")
+        else f"{name}_flops": value
+        for name, value in flops.items()
     }
+
+
+def quantiles(values: "Tensor") -> list[float] | None:
+    """At QUANTILES, of the values that are defined; None where none is."""
+    import torch
+
+    defined = values[~values.isnan()]
+    if not len(defined):
+        return None
+    at = torch.tensor(QUANTILES, dtype=defined.dtype, device=defined.device)
+    return [float(q) for q in torch.quantile(defined, at)]
 
 
 def _of_record(*, by_layer: bool) -> Iterable[DeclaredColumn]:
@@ -166,16 +197,23 @@ COLUMNS: dict[str, tuple[DeclaredColumn, ...]] = {
         _told(
             "trials_on_device",
             INTEGER,
-            "trials that shared the CPU or GPU: above 1, seconds are no measurement",
+            "trials that shared the CPU or GPU, of this run and of others: above 1, seconds are no "
+            "measurement",
         ),
         _told("threads", INTEGER, "threads of torch on the CPU"),
         _told("device", TEXT, "cpu or cuda"),
         _told("cpu", TEXT, 'model of the CPU (several, with "; " between, where attempts differ)'),
         _told("gpu", TEXT, "model of the GPU, likewise"),
         _told("driver", TEXT, "version of the GPU's driver, likewise", reported=False),
-        _told("git_sha", TEXT, "commit of the code"),
-        _told("git_dirty", YES_NO, "whether the code had uncommitted changes"),
+        _told(
+            "git_sha",
+            TEXT,
+            'commit of the code that computed epochs (several with "; " between; `code` of '
+            "`epochs` says which); the version where neqbench was installed",
+        ),
+        _told("git_dirty", YES_NO, "whether any of that had uncommitted changes"),
         _told("versions", TEXT, "JSON: versions of Python and packages"),
+        _told("measures", INTEGER, "rows of the trial in `measures`", reported=False, since=3),
         _told("started", TIME, "when the first attempt began"),
         _told("updated", TIME, "when this row was written"),
     ),
@@ -189,6 +227,12 @@ COLUMNS: dict[str, tuple[DeclaredColumn, ...]] = {
         _told("phi_quantiles", NUMBERS, "quantiles 0, 5, 25, 50, 75, 95, 100 % of phi"),
         _told("delta_phi_quantiles", NUMBERS, "the same of delta-phi"),
         _told("velocity_quantiles", NUMBERS, "the same of the velocity"),
+    ),
+    "measures": (
+        _told("epoch", INTEGER, "number of the epoch, from 0"),
+        _told("layer", TEXT, "name of the layer's module; null: the whole model"),
+        _told("name", TEXT, "what was recorded"),
+        _told("value", NUMBER, "its value after the epoch; null where it is not finite"),
     ),
 }
 SCHEMAS: dict[str, pa.Schema] = {
@@ -208,7 +252,7 @@ def reported(kind: str) -> list[str]:
 
 
 def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Table:
-    """`rows` as a table of `kind` ("trials", "epochs", "layers"), with whose they are in front."""
+    """`rows` as a table of `kind` ("trials", "epochs", …), with whose they are in front."""
     identity = {
         "trial": spec.key,
         "group": spec.group,

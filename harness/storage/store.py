@@ -1,11 +1,11 @@
 """The results of one suite, as anybody may read them.
 
-`<root>/<suite>/{trials,epochs,layers}/<trial>.parquet`, and beside them `checkpoints`, `leases`,
-`plans` (what runs were asked for) and `tuning` (what was chosen by the clock for a kind of
-machine). README.md beside this file says what a reader may assume.
+`<root>/<suite>/{trials,epochs,layers,measures}/<trial>.parquet`, and beside them `checkpoints`,
+`leases`, `plans` (what runs were asked for) and `tuning` (what was chosen by the clock for a kind
+of machine). README.md beside this file says what a reader may assume.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Store:
         but: Container[str] = (),
         only: Container[str] | None = None,
     ) -> pa.Table:
-        """The rows of one table ("trials", "epochs", "layers") of all trials.
+        """The rows of one table ("trials", "epochs", "layers", "measures") of all trials.
 
         `columns`: some of them (default: all); `but`: trials to leave out; `only`: trials to read.
         Raises UserError for damaged and newer files.
@@ -76,13 +76,16 @@ class Store:
         table = self._table("epochs", key)
         return [] if table is None else table.to_pylist()
 
-    def has_rows(self, key: str) -> bool:
-        """Whether a trial's files of `epochs` and `layers` are there."""
-        return all(self.location.read(f"{kind}/{key}.parquet") for kind in ("epochs", "layers"))
+    def has_rows(self, trial: Mapping[str, Any]) -> bool:
+        """Whether the files of a trial, a row of `trials`, are there: `epochs`, `layers`, and
+        `measures` where it has any.
+        """
+        return all(self.location.read(f"{k}/{trial['trial']}.parquet") for k in _kinds(trial))
 
-    def with_rows(self) -> set[str]:
-        """The trials whose files of `epochs` and `layers` are there."""
-        return set(self._keys("epochs")).intersection(self._keys("layers"))
+    def with_rows(self, trials: Iterable[Mapping[str, Any]]) -> set[str]:
+        """Those of the trials, rows of `trials`, whose files are there, as `has_rows` says."""
+        known = {kind: set(self._keys(kind)) for kind in ("epochs", "layers", "measures")}
+        return {t["trial"] for t in trials if all(t["trial"] in known[k] for k in _kinds(t))}
 
     def load_checkpoint(
         self, key: str, report: Callable[[str], None] = lambda path: None
@@ -104,6 +107,10 @@ class Store:
         if whose - {key} or (kind == "trials" and len(table) != 1):
             raise UserError(f"{path} holds rows of {whose or 'nobody'}; {REWRITTEN}")
         return table
+
+
+def _kinds(trial: Mapping[str, Any]) -> list[str]:
+    return ["epochs", "layers", *(["measures"] if trial["measures"] else [])]
 
 
 def find_stores(where: str, root: str) -> list[Store]:

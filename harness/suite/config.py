@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from harness.suite.fields import ImportString
 from harness.suite.method_specs import MethodSpec, with_kinds
 
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
@@ -20,13 +21,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
 # A sweep's methods are called after their parameters, too: "neq eps=0.001".
 MethodName = Annotated[
-    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*( [a-z_]+=[\w.+-]+)*$", max_length=120)
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*( [A-Za-z_][A-Za-z0-9_]*=[\w.+-]+)*$", max_length=120)
 ]
-ImportString = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 
 
 class Strict(BaseModel):
-    """A part of a suite: unknown keys, infinities and later changes are refused."""
+    """A part of a suite: unknown keys, infinities and later changes are refused.
+
+    A field that is new in a part gets its default from `harness.suite.fields.added`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -239,7 +242,8 @@ class Suite(Strict):
 class TrialSpec(Strict):
     """One trial: a suite's experiment with one method and one seed, on data that were looked at.
 
-    `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's;
+    `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's,
+    without those that methods alone import: `method_code` has a digest of them by method.
     `fingerprint`: of the data, from their content; `weights`: of what training starts from;
     `metric`: what the suite's task measures.
     """
@@ -249,6 +253,7 @@ class TrialSpec(Strict):
     method: str
     seed: int
     code: str
+    method_code: dict[str, str] = {}
     fingerprint: str
     weights: str = ""
     data_name: str
@@ -263,7 +268,7 @@ class TrialSpec(Strict):
     @property
     def key(self) -> str:
         """Hash of all that defines the trial: the name under which its results are kept."""
-        method = self.method_spec.model_dump(mode="json")
+        method = json.loads(self.parameters)
         return digest(
             {"group": self.group, "name": self.method, "method": method, "seed": self.seed}
         )
@@ -272,6 +277,25 @@ class TrialSpec(Strict):
     def method_spec(self) -> MethodSpec:
         """The method's parameters."""
         return self.suite.methods[self.method]
+
+    @property
+    def parameters(self) -> str:
+        """The method's parameters as they are stored, JSON; of a user's own with its code's
+        digest.
+        """
+        text = self.method_spec.model_dump_json()
+        code = self.method_code.get(self.method)
+        return json.dumps(json.loads(text) | {"code": code}) if code else text
+
+    @property
+    def trained_suite(self) -> Suite:
+        """The suite, with arguments of the model as the method wants them."""
+        changes = self.method_spec.model_changes
+        if not changes:
+            return self.suite
+        arguments = {"arguments": self.suite.model.arguments | changes}
+        model = self.suite.model.model_copy(update=arguments)
+        return self.suite.model_copy(update={"model": model})
 
 
 def forward_size(batch_size: int, forward_batch: int | None, workers: int) -> int:

@@ -3,7 +3,6 @@
 import difflib
 import tomllib
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from pydantic import ValidationError
 from harness.errors import UserError
 from harness.suite import sweep
 from harness.suite.config import Suite
+from harness.suite.imports import SHIPPED
 from harness.suite.method_specs import KINDS
 
 
 def shipped_suites() -> dict[str, Path]:
     """Name → file of each suite that is shipped with neqbench."""
-    root = Path(str(resources.files("suites")))
-    return {_name(path): path for path in sorted(root.glob("*/*.toml"))}
+    return {_name(path): path for path in sorted(SHIPPED.glob("*/*.toml"))}
 
 
 def _name(path: Path) -> str:
@@ -84,9 +83,9 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UserError(f"{path}: extends: no file {base!r} beside it")
-    if path in extended:
-        raise UserError(f"{path}: extends: it extends itself")
-    return _merge(_read(path.parent / base, (*extended, path)), values)
+    if path.resolve() in extended:
+        raise UserError(f"{path}: extends: it extends itself, by way of {extended[-1]}")
+    return _merge(_read(path.parent / base, (*extended, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -133,8 +132,11 @@ def _explain(error: ValidationError, path: Path) -> str:
     elif first["type"] == "too_short":
         message = "must not be empty"
     elif first["type"] == "union_tag_invalid":
-        tags = first["ctx"]["expected_tags"].replace("'", "")
-        message = f"unknown method kind {first['ctx']['tag']!r}; known: {tags}"
+        tags = ", ".join(kind for kind, spec in KINDS.items() if not spec.foreign)
+        message = (
+            f"unknown method kind {first['ctx']['tag']!r}; known: {tags}; a method of your own has "
+            'build = "module:Class"'
+        )
     elif first["type"] != "missing" and not isinstance(first["input"], dict):
         message += f", got {first['input']!r}"
     internal = ("constrained-", "function-", "literal[", "tuple[")

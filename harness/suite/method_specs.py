@@ -1,8 +1,14 @@
-"""Training methods that a suite may name, with their parameters."""
+"""Training methods that a suite may name, with their parameters.
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+What the rest of the harness has to know of a method it asks its spec; nothing tests for a name.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from harness.suite.fields import ImportString, added
 
 if TYPE_CHECKING:
     import neq
@@ -12,11 +18,45 @@ Mu = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Recursion = Literal["paper", "reference"]
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
+    """The parameters of a method.
+
+    `is_baseline`: all others are compared with it. `in_question`: the report answers for it, as it
+    does not for controls. `needs_validation`: it decides on validation images. `foreign`: it comes
+    from a user's own code, which is tried out before the first trial.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    is_baseline: ClassVar[bool] = False
+    in_question: ClassVar[bool] = False
+    needs_validation: ClassVar[bool] = False
+    foreign: ClassVar[bool] = False
+
+    @property
+    def work(self) -> tuple[str, dict[str, Any]]:
+        """The method at work: import string of a `harness.methods.Method`, and its arguments."""
+        raise NotImplementedError
+
+    @property
+    def model_changes(self) -> dict[str, Any]:
+        """Arguments of the model that the method wants otherwise than the suite."""
+        return {}
 
 
-class FreezingSpec(_Spec):
+class PolicySpec(Spec):
+    """A method that freezes by a policy of neq."""
+
+    @property
+    def work(self) -> tuple[str, dict[str, Any]]:
+        """See Spec."""
+        return "harness.methods.freezing:by_policy", {"spec": self}
+
+    def policy(self, seed: int) -> "neq.Policy":
+        """The policy that says who stands still, in a trial with this seed."""
+        raise NotImplementedError
+
+
+class FreezingSpec(PolicySpec):
     """A method that freezes. `gradient="cut"`: no gradient flows through frozen neurons, an
     approximation.
     """
@@ -29,14 +69,16 @@ class VelocitySpec(FreezingSpec):
     `similarity="sample"` follow the authors' code where it departs from the paper.
     """
 
+    needs_validation: ClassVar[bool] = True
     mu: Mu = 0.5
     recursion: Recursion = "paper"
     similarity: Literal["dataset", "sample"] = "dataset"
 
 
-class BaselineSpec(_Spec):
+class BaselineSpec(PolicySpec):
     """Plain training: what every other method is compared with."""
 
+    is_baseline: ClassVar[bool] = True
     kind: Literal["baseline"]
 
     def policy(self, seed: int) -> "neq.Policy":
@@ -49,6 +91,7 @@ class BaselineSpec(_Spec):
 class NeqSpec(VelocitySpec):
     """NEq (NeurIPS 2022): neurons whose |velocity| is below `eps` stand still."""
 
+    in_question: ClassVar[bool] = True
     kind: Literal["neq"]
     eps: Annotated[float, Field(ge=0, strict=True)] = 1e-3
 
@@ -102,28 +145,77 @@ class FreezeAfterSpec(FreezingSpec):
         return neq.FreezeAfter(self.epoch)
 
 
+class OwnSpec(Spec):
+    """A method of the user's own.
+
+    `build(training, **arguments)`, in a module beside the suite's file or in an installed one,
+    returns the `harness.methods.Method`. `model_arguments`: those of the model that it wants
+    otherwise than the suite.
+    """
+
+    in_question: ClassVar[bool] = True
+    foreign: ClassVar[bool] = True
+    kind: Literal["own"]
+    build: ImportString
+    arguments: dict[str, Any] = {}
+    model_arguments: dict[str, Any] = added({})
+
+    @property
+    def work(self) -> tuple[str, dict[str, Any]]:
+        """See Spec."""
+        return self.build, self.arguments
+
+    @property
+    def model_changes(self) -> dict[str, Any]:
+        """See Spec."""
+        return self.model_arguments
+
+
 MethodSpec = Annotated[
-    BaselineSpec | NeqSpec | RandomSpec | SmallestVelocitySpec | FreezeAfterSpec,
+    BaselineSpec | NeqSpec | RandomSpec | SmallestVelocitySpec | FreezeAfterSpec | OwnSpec,
     Field(discriminator="kind"),
 ]
-KINDS: dict[str, type[BaseModel]] = {
+KINDS: dict[str, type[Spec]] = {
     "baseline": BaselineSpec,
     "neq": NeqSpec,
     "random": RandomSpec,
     "smallest_velocity": SmallestVelocitySpec,
     "freeze_after": FreezeAfterSpec,
+    "own": OwnSpec,
 }
 
 
 def with_kinds(suite: Any) -> Any:
-    """The suite's values, with each method's `kind` filled in: its name unless it says
-    otherwise.
+    """The suite's values, with each method's `kind` filled in: its name unless it says otherwise,
+    "own" where it names what builds it.
     """
     methods = suite.get("methods") if isinstance(suite, dict) else None
     if not isinstance(methods, dict):
         return suite
     named = {
-        name: {"kind": name} | method if isinstance(method, dict) else method
+        name: with_kind(name, method) if isinstance(method, dict) else method
         for name, method in methods.items()
     }
     return suite | {"methods": named}
+
+
+def with_kind(name: str, method: dict[str, Any]) -> dict[str, Any]:
+    """The table of the method called `name`, with its `kind`."""
+    return {"kind": "own" if "build" in method else name} | method
+
+
+def kind_of(parameters: Mapping[str, Any]) -> type[Spec]:
+    """The class of stored parameters."""
+    return KINDS[parameters["kind"]]
+
+
+def told(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Stored parameters as a reader wants them: arguments of a user's method stand flat, as
+    "arguments.x" where x is taken.
+    """
+    given = parameters.get("arguments")
+    flat = {k: v for k, v in parameters.items() if k not in ("arguments", "model_arguments") or v}
+    if not isinstance(given, dict):
+        return flat
+    flat.pop("arguments", None)
+    return {f"arguments.{k}" if k in flat else k: v for k, v in given.items()} | flat

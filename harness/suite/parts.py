@@ -1,18 +1,20 @@
-"""The parts that a suite names by import string: its model, data and task.
+"""The parts that a suite names by import string: its model, data, task and own methods.
 
-"parts:model" is `model` in parts.py beside the suite's file, or else in an installed module.
+"parts:model" is `model` in parts.py beside the suite's file, or else in an installed module;
+"nets.body:model" is in nets/body.py below it.
 """
 
 import hashlib
 import importlib
-import importlib.util
 import sys
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, with_origin
+from harness.suite import imports
 from harness.suite.config import Suite
 
 if TYPE_CHECKING:
@@ -34,29 +36,59 @@ def _module(reference: str, folder: Path | str) -> Any:
     name, _, attribute = reference.partition(":")
     if not attribute:
         raise UserError(f"{reference!r}: write it as module:callable")
-    beside = Path(folder) / f"{name}.py"
     try:
-        return _beside(beside) if beside.is_file() else _installed(name)
+        return imports.beside(name, Path(folder).resolve()) or _installed(name)
     except Exception as error:
         raise UserError(f"{reference!r} cannot be loaded: {with_origin(error)}") from error
 
 
-def code_digest(suite: Suite, folder: Path, shipped: bool) -> str:
-    """Hash of the user's own code: modules in the folder of a suite, unless it is `shipped` with
-    neqbench, and modules elsewhere that its parts come from.
+def code_digests(suite: Suite, folder: Path, *, shipped: bool) -> tuple[str, dict[str, str]]:
+    """Hashes of the user's own code: of the suite, and by name of each method of the user's own.
+
+    The suite's: modules beside its file, unless it is `shipped` with neqbench, modules below its
+    folder that its parts import, and modules elsewhere that its parts are. A method's likewise;
+    what only methods import (files beside that import harness.methods, and what these import) is
+    not the suite's.
 
     Code of neqbench itself and of installed packages is left out: `numerics` and the versions in
     the results speak for them.
     """
-    own = set() if shipped else set(folder.glob("*.py"))
-    ours = [Path(__file__).parents[2] / name for name in ("harness", "suites", "neq")]
-    for reference in (suite.task, suite.model.build, suite.data.load):
-        path = Path(getattr(_module(reference, folder), "__file__", None) or __file__)
-        if "site-packages" not in path.parts and not any(map(path.is_relative_to, ours)):
-            own.add(path)
+    folder = folder.resolve()
+    parts = _files((suite.task, suite.model.build, suite.data.load), folder, shipped)
+    methods = {
+        name: _files([method.work[0]], folder, shipped)
+        for name, method in suite.methods.items()
+        if method.foreign
+    }
+    own = set() if shipped else {path.resolve() for path in folder.glob("*.py")}
+    heads = [path for path in own if imports.mentions(path, "harness.methods")]
+    of_methods = imports.modules_below(folder, heads).union(*methods.values())
+    return _digest(parts | (own - of_methods), folder), {
+        name: _digest(files, folder) for name, files in methods.items()
+    }
+
+
+def _files(references: Iterable[str], folder: Path, shipped: bool) -> set[Path]:
+    """The files of these parts, with what they import below the folder, that are the user's."""
+    found = set()
+    for reference in references:
+        beside = imports.file_beside(reference.partition(":")[0], folder)
+        if beside is not None:
+            found |= set() if shipped else imports.modules_below(folder, [beside])
+            continue
+        path = Path(getattr(_module(reference, folder), "__file__", None) or __file__).resolve()
+        if imports.own(path, folder):
+            found |= imports.modules_below(folder, [path])
+        elif "site-packages" not in path.parts and not any(map(path.is_relative_to, imports.OURS)):
+            found.add(path)
+    return found
+
+
+def _digest(files: Iterable[Path], folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path.resolve() for path in own):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(files):
+        known = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+        digest.update(known.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -64,7 +96,8 @@ def build_part(reference: str, folder: Path | str, arguments: dict[str, Any]) ->
     """What the callable at "module:attribute" returns; raises UserError where it fails."""
     builder = load_part(reference, folder)
     try:
-        return builder(**arguments)
+        with imports.importing(Path(folder).resolve()):
+            return builder(**arguments)
     except Exception as error:
         raise UserError(f"{reference!r} failed: {with_origin(error)}") from error
 
@@ -80,33 +113,13 @@ def build_model(reference: str, folder: Path | str, arguments: dict[str, Any]) -
 
 
 def _installed(name: str) -> ModuleType:
-    if name.split(".")[0] in ("torchvision", "timm"):
+    top = name.split(".")[0]
+    if top in ("torchvision", "timm"):
         from harness.vision import torchvision
 
         return torchvision(name)
+    if top == "suites":
+        return imports.shipped(name)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return importlib.import_module(name)
-
-
-def _beside(path: Path) -> ModuleType:
-    """A suite's own module, under a name that no other suite's module has: several may be
-    loaded.
-    """
-    name = f"neqbench_suite_{path.parent.name}_{abs(hash(path)):x}_{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(path.parent))  # for imports of its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(str(path.parent))
-    return module

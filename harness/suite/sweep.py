@@ -4,10 +4,12 @@ A method's parameters make methods: `[methods.neq] eps = [0, 1e-4]` is "neq eps=
 eps=0.0001". Values of model, data and recipe make experiments, each with a baseline of its own.
 """
 
+import re
 from itertools import product
 from typing import Any, get_origin
 
 from harness.suite.config import Data, Model, Recipe
+from harness.suite.method_specs import with_kind
 
 SECTIONS = {"model": Model, "data": Data, "recipe": Recipe}
 # Arguments of torch's optimizers and schedulers that are one number, and those that are lists.
@@ -112,12 +114,24 @@ def _expanded(name: str, table: dict[str, Any]) -> dict[str, Any]:
     }
     if not axes:
         return {name: table}
-    made = {}
+    made: dict[str, Any] = {}
     for choice in product(*axes.values()):
         chosen = dict(zip(axes, choice, strict=True))
-        label = " ".join([name, *(f"{key}={_number(value)}" for key, value in chosen.items())])
-        made[label] = {"kind": name} | table | chosen
+        words = (_worded(key, value, axes[key]) for key, value in chosen.items())
+        label = " ".join([name, *words])
+        if label in made:
+            raise ValueError(f"methods.{name}: two of its values are both called {label!r}")
+        made[label] = with_kind(name, table | chosen)
     return made
+
+
+def _worded(key: str, value: Any, others: list[Any]) -> str:
+    """A parameter as the method is called after it; of a table, what tells it from the others."""
+    if not isinstance(value, dict):
+        return f"{key}={_number(value)}"
+    keys = [k for k in value if any(_other(other, k) != value[k] for other in others)]
+    words = (f"{k}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', _number(value[k]))}" for k in keys)
+    return " ".join(words) or f"{key}=default"
 
 
 def _distinct(path: str, options: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The loops over batches: one epoch of training, and the evaluation of a part of the data."""
+"""The loop over batches: one epoch of training."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,26 +8,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness import parallel
 from harness.data.dataset import Microbatch
+from harness.methods import Method
 from harness.seeds import seed_globals
 from harness.suite.config import Recipe
 from harness.train.assembly import Assembly
 from harness.train.tuning import autocast
 
-EVALUATION_BYTES = 2**31  # for the outputs of one batch that are kept while deciding
-EVALUATION_BATCH = 500  # samples, at the most
-
 
 class Loop:
-    """Trains and evaluates an assembly by its recipe, with the random streams of `seed`."""
+    """Trains an assembly by its recipe, with the random streams of `seed`."""
 
     def __init__(self, assembly: Assembly, recipe: Recipe, seed: int) -> None:
         self._at_work, self._recipe, self._seed = assembly, recipe, seed
-        self.evaluation_batch = assembly.costs.batch_within(EVALUATION_BYTES, EVALUATION_BATCH)
+        hook = getattr(assembly.method.after_step, "__func__", None)
+        self._minds_steps = hook is not Method.after_step
 
     def train(self, epoch: int) -> float:
         """Train one epoch; returns the mean loss over its samples, of all workers.
 
-        Nothing in the loop waits for the device.
+        Nothing in the loop waits for the device, unless a method wants to know whether a GradScaler
+        has skipped a step.
         """
         work = self._at_work
         # Dropout differs between processes, as it does between samples.
@@ -45,25 +45,6 @@ class Loop:
         mean: float = parallel.add_up(total).item() / work.batches.size("train")
         return mean
 
-    @torch.no_grad()
-    def evaluate(self, part: str) -> tuple[float, float]:
-        """(mean loss, metric) over "validation" or "test", of all workers.
-
-        Without samples the loss is 0, and the metric what its meter says.
-        """
-        work = self._at_work
-        work.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=work.device)
-        meter = work.task.meter(work.device)
-        for inputs, targets in work.batches.evaluate(part, self.evaluation_batch):
-            inputs = work.tuning.apply(inputs)
-            with self._autocast():
-                outputs = work.model(inputs)
-                total += work.task.loss(outputs, targets) * len(inputs)
-            meter.add(outputs, targets)
-        parallel.add_up(meter.counts)
-        return float(parallel.add_up(total)) / max(work.batches.size(part), 1), meter.value()
-
     def _communicating(self, microbatch: Microbatch) -> AbstractContextManager[None]:
         """Gradients of several microbatches are added up first, and exchanged once."""
         trained = self._at_work.trained
@@ -77,22 +58,34 @@ class Loop:
         with self._autocast():
             outputs = work.trained(inputs)
             loss = work.task.loss(outputs, targets)
-        work.method.after_forward(inputs, outputs)
+        work.method.after_forward(
+            inputs, targets, outputs, weight=microbatch.weight, last=microbatch.last
+        )
         torch.autograd.backward(work.scaler.scale(loss * microbatch.weight))
         return loss.detach()
 
     def _step(self) -> None:
-        work = self._at_work
+        work, scaler = self._at_work, self._at_work.scaler
         parameters = (p for group in work.optimizer.param_groups for p in group["params"])
         # The scaler refuses a step without gradients: everything stands still.
-        if not work.scaler.is_enabled() or any(p.grad is not None for p in parameters):
-            work.scaler.unscale_(work.optimizer)
-            work.method.after_backward()
-            work.scaler.step(work.optimizer)
-            work.scaler.update()
+        steps = not scaler.is_enabled() or any(p.grad is not None for p in parameters)
+        if steps:
+            scaler.unscale_(work.optimizer)
+        work.method.after_backward()
+        if steps and self._made(work):
             work.method.after_step()
         if work.scheduler is not None and self._recipe.schedule == "iteration":
             work.scheduler.step()
+
+    def _made(self, work: Assembly) -> bool:
+        """Let the optimizer step; whether it has, as far as the method minds."""
+        watched = self._minds_steps and work.scaler.is_enabled()
+        # A fused optimizer skips a step on the device, so that its hooks are called all the same:
+        # what tells is that the scale falls. Reading it waits for the device.
+        before = work.scaler.get_scale() if watched else 0.0
+        work.scaler.step(work.optimizer)
+        work.scaler.update()
+        return not watched or work.scaler.get_scale() >= before
 
     def _autocast(self) -> torch.autocast:
         return autocast(self._at_work.device.type, self._recipe.precision)

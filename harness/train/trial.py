@@ -8,7 +8,6 @@ torch.distributed has several processes, each runs this and the trial is theirs 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from harness import parallel
 from harness.errors import UserError, one_line
 from harness.storage.locations import StorageError
 from harness.storage.owner import Owner
-from harness.storage.provenance import Slot
+from harness.storage.provenance import Slot, code
 from harness.storage.recorder import Recorder
 from harness.storage.schema import EpochRecord, flops_columns
-from harness.suite.config import TrialSpec
+from harness.suite.config import TrialSpec, digest
 from harness.train.assembly import Assembly, assemble
 from harness.train.energy import Energy
 from harness.train.loop import Loop
+from harness.train.neighbours import Neighbours
 from harness.train.tuning import check_precision
 
 
@@ -39,6 +39,8 @@ class Trial:
         self._spec, self._owner, self._recorder = spec, owner, recorder
         self._device = parallel.device(slot.gpu)
         self._energy = Energy(self._device, shared=slot.sharing > 1)
+        name = digest({"trial": spec.key, "results": owner.store.location.uri})
+        self._neighbours = Neighbours(self._device, name)
 
     def records(self, state: Mapping[str, Any] | None) -> Iterator[EpochRecord]:
         """The records of all epochs from 0 on.
@@ -65,16 +67,17 @@ class Trial:
         recipe = self._spec.suite.recipe
         check_precision(recipe.precision, self._device)
         torch.set_num_threads(recorder.threads)
-        work = assemble(self._spec, self._device, location, state)
-        loop = Loop(work, recipe, self._spec.seed)
-        if state is None:
-            work.method.start(work.batches.evaluate("validation", loop.evaluation_batch))
-        else:
-            with self._fitting():
-                work.restore(state)
-        del state
-        for epoch in range(len(recorder.epochs), recipe.epochs):
-            yield self._epoch(epoch, work, loop)
+        with self._neighbours.registered():
+            work = assemble(self._spec, self._device, location, state)
+            loop = Loop(work, recipe, self._spec.seed)
+            if state is None:
+                work.start()
+            else:
+                with self._fitting():
+                    work.restore(state)
+            del state
+            for epoch in range(len(recorder.epochs), recipe.epochs):
+                yield self._epoch(epoch, work, loop)
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
@@ -89,29 +92,40 @@ class Trial:
             ) from error
 
     def _epoch(self, epoch: int, work: Assembly, loop: Loop) -> EpochRecord:
-        """Train, test, decide, commit."""
-        frozen, plan = work.method.freezer.frozen, work.method.freezer.plan
-        measured = self._run_epoch(epoch, work, loop)
-        parallel.agree(work.model, work.method.freezer.frozen)
-        samples, validation = work.batches.size("train"), work.batches.size("validation")
-        backward = work.costs.backward(frozen, samples, plan)
+        """Train, decide, test, commit."""
+        frozen, plan = work.begin_epoch()
+        measured = self._measured(epoch, work, loop)
+        if parallel.workers() > 1:
+            parallel.agree(work.model, work.method.state_dict())
+        flops = work.flops(frozen, plan)
         record = EpochRecord(
             epoch=epoch,
-            samples=samples,
+            samples=work.training.samples["train"],
             frozen_neurons=int(frozen.sum()),
             total_neurons=len(frozen),
-            **flops_columns(work.costs.forward(samples), asdict(backward)),
-            overhead_flops=work.method.overhead(work.costs, validation),
+            **flops_columns(flops),
+            effective_parameters=work.size(),
             seconds_checkpoint=None,
+            code=code(),
             **measured,
         )
-        layers = work.costs.layers(frozen, samples, plan)
-        flops = {name: flops_columns(f, asdict(b)) for name, (f, b) in layers.items()}
-        self._recorder.add(record, frozen, flops, work.method.freezer)
+        self._recorder.add(record, work.layer_rows(frozen, plan), work.measure_rows())
         _, seconds = self._timed(lambda: self._commit(work))
         record = self._recorder.committed(seconds)
         parallel.wait()  # what another process may store next comes after this
         return record
+
+    def _measured(self, epoch: int, work: Assembly, loop: Loop) -> dict[str, Any]:
+        """Run the epoch, and look who else is on the device; the columns that this tells."""
+        before = self._neighbours.trials()
+        self._neighbours.begin()
+        measured = self._run_epoch(epoch, work, loop)
+        measured["other_load"] = self._neighbours.load()
+        trials = max(before, self._neighbours.trials())
+        self._recorder.sharing(trials)
+        if trials > 1:  # the counter is of all of them
+            measured["energy_joules"] = None
+        return measured
 
     def _run_epoch(self, epoch: int, work: Assembly, loop: Loop) -> dict[str, Any]:
         """Run the epoch; the columns that only running it can tell."""
@@ -122,28 +136,33 @@ class Trial:
             train_loss, seconds_train = self._timed(lambda: loop.train(epoch))
         _check_finite("training loss", train_loss, epoch)
         parallel.broadcast_buffers(work.model)
-        evaluated, seconds_test = self._timed(
-            lambda: (loop.evaluate("validation")[0], *loop.evaluate("test"))
-        )
-        val_loss, test_loss, test_metric = evaluated
-        _check_finite("test loss", test_loss, epoch)
+        val_loss, seconds_validation = self._timed(lambda: work.evaluator.loss("validation"))
+        before = parallel.fingerprint(work.model)
         with self._energy.measuring():
-            _, seconds_equilibrium = self._timed(lambda: self._decide(work, loop))
+            _, seconds_equilibrium = self._timed(lambda: work.method.end_epoch(epoch))
+        # Of any worker: they evaluate together. Whether they agree is asked afterwards.
+        changed = parallel.largest(not torch.equal(before, parallel.fingerprint(work.model)))
+        if changed:  # to weights of a moment when each worker's BatchNorm had seen other samples
+            parallel.broadcast_buffers(work.model)
+        (val_loss, test_loss, test_metric), seconds_test = self._timed(
+            lambda: (
+                work.evaluator.loss("validation") if changed else val_loss,
+                *work.evaluator.loss_and_metric("test"),
+            )
+        )
+        _check_finite("test loss", test_loss, epoch)
         return {
             "lr": lr,
             "train_loss": train_loss,
-            "val_loss": val_loss if work.batches.size("validation") else None,
+            "val_loss": val_loss if work.training.samples["validation"] else None,
             "test_loss": test_loss,
             "test_metric": test_metric,
             "seconds_train": seconds_train,
             "seconds_equilibrium": seconds_equilibrium,
-            "seconds_test": seconds_test,
+            "seconds_test": seconds_validation + seconds_test,
             "peak_memory_bytes": self._peak_memory(),
             "energy_joules": self._energy.take(),
         }
-
-    def _decide(self, work: Assembly, loop: Loop) -> None:
-        work.method.end_epoch(work.batches.evaluate("validation", loop.evaluation_batch))
 
     def _commit(self, work: Assembly) -> None:
         if not parallel.leads():

@@ -1,0 +1,45 @@
+"""What methods have recorded themselves, as a table."""
+
+from harness.report.method_row import MeasureRow
+from harness.report.model import GroupTable
+from harness.report.tables import Cell, Column, Table
+from harness.report.words import NONE, counted
+
+NOTE = (
+    "What methods record of themselves, as they did last: mean ± standard deviation over seeds. Of "
+    "layers: their mean, and the least and the greatest of them."
+)
+
+
+def measures(table: GroupTable) -> Table:
+    """The table of measures of a group's methods."""
+    return Table(
+        title="Recorded by the methods",
+        columns=[
+            Column("method", text=True),
+            Column("measure", text=True),
+            Column("of", text=True),
+            Column("n", wide=True),
+            Column("last"),
+            Column("from … to"),
+        ],
+        rows=[_row(row.label, measure) for row in table.methods for measure in row.measures],
+        notes=[NOTE],
+    )
+
+
+def _row(label: str, found: MeasureRow) -> list[Cell]:
+    spread = f" ± {_number(found.std)}" if found.std is not None else ""
+    ends = f"{_number(found.low)} … {_number(found.high)}" if found.low is not None else NONE
+    return [
+        Cell(label),
+        Cell(found.name),
+        Cell(counted(found.layers, "layer") if found.layers else "model"),
+        Cell(str(found.n), found.n),
+        Cell(_number(found.mean) + spread, found.mean),
+        Cell(ends, found.low),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4g}".replace("-", "−")

@@ -1,0 +1,130 @@
+"""A method of a user's own, tried out on a few samples before hours are spent."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import parallel
+from harness.errors import UserError, with_origin
+from harness.methods.building import CALLS, STATED, check_state, equal
+from harness.seeds import seed_globals
+from harness.suite.config import TrialSpec
+from harness.train.assembly import Assembly, assemble
+from harness.train.loop import Loop
+from harness.train.tuning import Tuning, numerics
+
+EPOCHS = 2  # at most
+
+
+def rehearse(trial: TrialSpec, samples: int) -> None:
+    """Run the trial's method through epochs of one step on so many samples of each part, on the
+    CPU.
+
+    Raises UserError, naming class and hook, for a hook that is missing, fails or can't be called as
+    it is; for FLOPs, measures and states that can't be stored; for a state that does not bring the
+    method back to where it was; for neurons that are said to stand still, and don't; and for
+    weights that change once the epoch has ended.
+    """
+    recipe = trial.suite.recipe
+    short = recipe.model_copy(update={"batch_size": samples, "forward_batch": None})
+    suite = trial.suite.model_copy(update={"recipe": short})
+    rehearsal = _Rehearsal(trial.model_copy(update={"suite": suite}), samples)
+    with numerics(recipe.precision):
+        for epoch in range(min(EPOCHS, recipe.epochs)):
+            rehearsal.epoch(epoch)
+        rehearsal.check_resumed()
+
+
+class _Rehearsal:
+    """The method of `spec` at work on so many samples of each part, with nothing timed."""
+
+    def __init__(self, spec: TrialSpec, samples: int) -> None:
+        self._spec, self._samples = spec, samples
+        self._work = self._assembled()
+        self._loop = Loop(self._work, spec.suite.recipe, spec.seed)
+        with self._blaming():
+            self._work.start()
+
+    def _assembled(self) -> Assembly:
+        untimed = {"tuning": Tuning().to_json()}
+        work = assemble(self._spec, torch.device("cpu"), None, untimed, most=self._samples)
+        seed_globals(self._spec.seed, "rehearsal")
+        # With torch's own scale the first steps in float16 may be skipped, without after_step.
+        half = work.scaler.is_enabled()
+        return replace(work, scaler=torch.amp.GradScaler("cpu", init_scale=1.0, enabled=half))
+
+    def epoch(self, epoch: int) -> None:
+        """One step, and all that a trial asks after an epoch."""
+        work = self._work
+        with self._blaming():
+            frozen, plan = work.begin_epoch()
+            before = self._rows(frozen)
+            self._loop.train(epoch)
+            if not equal(before, self._rows(frozen)):
+                raise self._wrong("frozen names neurons whose weights have changed in the epoch")
+            work.method.end_epoch(epoch)
+            ended = parallel.fingerprint(work.model)
+            work.flops(frozen, plan)
+            work.layer_rows(frozen, plan)
+            work.measure_rows()
+            work.size()
+            check_state(self._spec.method, work.method)
+        if not torch.equal(ended, parallel.fingerprint(work.model)):
+            raise self._wrong(
+                "changes weights after end_epoch; change them in a step or in end_epoch, so that "
+                "what is tested is what is kept"
+            )
+
+    def _rows(self, frozen: Tensor) -> list[Tensor]:
+        """The parameters of the neurons that stand still."""
+        layers = self._work.costs.neurons.layers
+        modules = dict(self._work.model.named_modules())
+        return [
+            parameter.detach()[frozen[layer.neurons]].clone()
+            for layer in layers
+            for parameter in modules[layer.name].parameters(recurse=False)
+        ]
+
+    def check_resumed(self) -> None:
+        """Raises UserError where a checkpoint does not bring back the method."""
+        name, method = self._spec.method, self._work.method
+        state, other = check_state(name, method), self._assembled()
+        with self._blaming():
+            other.restore(self._work.state() | {"method": check_state(name, method)})
+            again = check_state(name, other.method)
+            masks = [work.begin_epoch()[0] for work in (self._work, other)]
+        lost = [key for key in state if key not in again or not equal(state[key], again[key])]
+        lost += ["frozen"] if not equal(*masks) else []
+        if lost:
+            raise self._wrong(
+                f"load_state_dict does not bring back {', '.join(map(repr, lost))}; a trial would "
+                "not resume to the bit"
+            )
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Inside, an error becomes a UserError that names the hook in which it arose."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            hook = self._hook(error)
+            if hook is None:
+                raise UserError(f"a first step fails: {with_origin(error)}") from error
+            raise self._wrong(f"{hook} failed: {with_origin(error)}") from error
+
+    def _hook(self, error: Exception) -> str | None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            name, whose = frame.f_code.co_name, frame.f_locals.get("self")
+            if isinstance(whose, type(self._work.method)) and name in (*CALLS, *STATED):
+                return f"{name}()" if name in CALLS else name
+        return None
+
+    def _wrong(self, what: Any) -> UserError:
+        return UserError(f"method {self._spec.method}: {type(self._work.method).__name__}: {what}")
