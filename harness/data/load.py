@@ -20,7 +20,7 @@ def load_data(suite: Suite, folder: Path | str) -> Dataset:
         return synthetic(suite, folder)
     try:
         load = load_part(suite.data.load, folder)
-        with importing(Path(folder).resolve()):
+        with importing(folder):
             data = load(suite.data)
     except UserError:
         raise

@@ -4,7 +4,6 @@ import inspect
 import io
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def build_method(spec: TrialSpec, training: Training) -> Method:
             f", and {one_line(error)}; mend its parameters, or methods.{spec.method}.arguments"
         ) from None
     try:
-        with importing(Path(spec.folder).resolve()):
+        with importing(spec.folder):
             method: Method = builder(training, **arguments)
     except ValueError as error:
         raise UserError(f"method {spec.method} on this model: {error}") from error

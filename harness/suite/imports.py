@@ -20,8 +20,9 @@ _neighbours: dict[Path, dict[str, ModuleType]] = {}  # by folder: what its code 
 
 
 @contextmanager
-def importing(folder: Path) -> Iterator[None]:
+def importing(folder: Path | str) -> Iterator[None]:
     """Inside, `import name` finds the modules of this folder before any other."""
+    folder = Path(folder).resolve()
     for modules in _neighbours.values():
         for name, module in modules.items():
             if sys.modules.get(name) is module:

@@ -96,7 +96,7 @@ def build_part(reference: str, folder: Path | str, arguments: dict[str, Any]) ->
     """What the callable at "module:attribute" returns; raises UserError where it fails."""
     builder = load_part(reference, folder)
     try:
-        with imports.importing(Path(folder).resolve()):
+        with imports.importing(folder):
             return builder(**arguments)
     except Exception as error:
         raise UserError(f"{reference!r} failed: {with_origin(error)}") from error

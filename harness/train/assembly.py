@@ -15,7 +15,7 @@ import neq
 from harness import parallel
 from harness.data.dataset import Batches
 from harness.data.load import load_data
-from harness.flops.costs import Costs, count_costs
+from harness.flops.costs import Backward, Costs, count_costs
 from harness.methods import Method, Training
 from harness.methods.building import (
     build_method,
@@ -89,9 +89,9 @@ class Assembly:
     def flops(self, frozen: Tensor, plan: Mapping[str, neq.LayerPlan]) -> dict[str, int | None]:
         """FLOPs by name of an epoch in which mask and plan were in force."""
         samples = self.training.samples["train"]
-        backward = asdict(self.costs.backward(frozen, samples, plan))
-        usual = {"forward": self.costs.forward(samples), "overhead": self.training.overhead()}
-        usual |= {f"backward_{name}": flops for name, flops in backward.items()}
+        backward = self.costs.backward(frozen, samples, plan)
+        usual = _by_name(self.costs.forward(samples), backward)
+        usual["overhead"] = self.training.overhead()
         return epoch_flops(self.name, self.method, usual)
 
     def layer_rows(self, frozen: Tensor, plan: Mapping[str, neq.LayerPlan]) -> list[dict[str, Any]]:
@@ -103,9 +103,7 @@ class Assembly:
             row = {"layer": name, "neurons": part.stop - part.start}
             row["frozen"] = int(frozen[part].sum())
             if name in called:
-                forward, backward = called[name]
-                by_count = {f"backward_{key}": flops for key, flops in asdict(backward).items()}
-                row |= flops_columns({"forward": forward, **by_count})
+                row |= flops_columns(_by_name(*called[name]))
             rows.append(row | {f"{k}_quantiles": quantiles(v[part]) for k, v in readings.items()})
         return rows
 
@@ -138,6 +136,11 @@ class Assembly:
             "best": self.training.best,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def _by_name(forward: int, backward: Backward) -> dict[str, int]:
+    """FLOPs by the names that methods and columns have for them."""
+    return {"forward": forward} | {f"backward_{k}": n for k, n in asdict(backward).items()}
 
 
 def assemble(
