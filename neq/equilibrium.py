@@ -5,8 +5,6 @@ equation 2). Nothing is stored between epochs but last epoch's parameters and bu
 run on each batch and per-neuron sums are accumulated in float64.
 """
 
-import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from neq.evaluation import State, arguments, evaluation, inputs_of, state_of
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
 
@@ -24,7 +23,6 @@ CHUNK = 2**22  # elements of an output that are compared in float64 at a time
 
 Similarity = Literal["dataset", "sample"]
 Recursion = Literal["paper", "reference"]
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +59,7 @@ class Reading:
 def snapshot(model: nn.Module) -> State:
     """Copies of all parameters and buffers, by name, to be given to `phi` one epoch later."""
     with torch.inference_mode(False):
-        return {name: tensor.detach().clone() for name, tensor in _state(model).items()}
-
-
-def _state(model: nn.Module) -> State:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+        return {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
 
 
 def phi(
@@ -88,15 +82,15 @@ def phi(
     """
     device = next(model.parameters()).device
     outputs = _OutputSums(neurons, similarity)
-    with _evaluation(model, device), outputs.hooks():
+    with evaluation(model, device), outputs.hooks():
         for batch in batches:
-            inputs = _inputs(batch, device)
+            inputs = inputs_of(batch, device)
             if not len(inputs):
                 continue
             outputs.begin(inputs.shape[0])
-            functional_call(model, _arguments(model, before), (inputs,))
+            functional_call(model, arguments(model, before), (inputs,))
             outputs.recording = False
-            functional_call(model, _arguments(model, _state(model)), (inputs,))
+            functional_call(model, arguments(model, state_of(model)), (inputs,))
             outputs.end()
     return outputs.result(device)
 
@@ -198,81 +192,3 @@ def _cosine(sums: Tensor) -> Tensor:
     cosine = (dot / (aa.sqrt() * bb.sqrt())).clamp(-1.0, 1.0)
     cosine = torch.where((aa == 0) | (bb == 0), 0.0, cosine)
     return torch.where((aa == 0) & (bb == 0), 1.0, cosine)
-
-
-def _inputs(batch: Any, device: torch.device) -> Tensor:
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"a validation batch must begin with a tensor, not {type(inputs).__name__}")
-    return _full_precision(inputs.to(device))
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _arguments(model: nn.Module, state: Mapping[str, Tensor]) -> State:
-    """`state` without half precision; buffers, which a forward may change in place, are copies."""
-    buffers = dict(model.named_buffers())
-    return {
-        name: _full_precision(tensor.clone() if name in buffers else tensor)
-        for name, tensor in state.items()
-    }
-
-
-@contextmanager
-def _ieee() -> Iterator[None]:
-    """No TF32 or bf16 inside float32 products: they put phi off by 5e-4, against an eps of 1e-3."""
-    cuda: Any = torch.backends.cuda
-    cudnn: Any = torch.backends.cudnn
-    cpu: Any = torch.backends.mkldnn
-    products = (cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
-    before = [product.fp32_precision for product in products]
-    convolution = _older(lambda: cudnn.allow_tf32)
-    product_precision = _older(torch.get_float32_matmul_precision)
-    try:
-        if convolution is not None:
-            cudnn.allow_tf32 = False
-        if product_precision is not None:
-            torch.set_float32_matmul_precision("highest")
-        for product in products:
-            product.fp32_precision = "ieee"
-        yield
-    finally:
-        if convolution is not None:
-            cudnn.allow_tf32 = convolution
-        if product_precision is not None:
-            torch.set_float32_matmul_precision(product_precision)
-        for product, precision in zip(products, before, strict=True):
-            product.fp32_precision = precision
-
-
-def _older(read: Callable[[], Any]) -> Any:
-    """torch's older settings, which must agree with the newer or a model that reads them fails.
-
-    None where the process has set only the newer ones.
-    """
-    try:
-        return read()
-    except RuntimeError:
-        return None
-
-
-@contextmanager
-def _evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradients, plain float32, and every random stream restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    cuda = [device] if device.type == "cuda" else []
-    try:
-        model.eval()
-        half = torch.autocast(device.type, enabled=False)
-        with torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from neq.equilibrium import Reading, Similarity, phi, snapshot
 from neq.gradients import Gradient, LayerPlan, SelectiveGradients
 from neq.momentum import complete_momentum
-from neq.neurons import NeuronIndex
+from neq.neurons import NeuronIndex, unwrapped
 from neq.parallel import broadcast, broadcast_buffers
 from neq.policies import AtEquilibrium, Policy
 from neq.timings import Timings
@@ -52,7 +52,7 @@ class NeuronFreezer:
             raise ValueError("LBFGS moves all parameters along one direction: rows can't freeze")
         self.policy: Policy = AtEquilibrium() if policy is None else policy
         self.similarity: Similarity = similarity
-        self._model = _unwrapped(model)
+        self._model = unwrapped(model)
         self.neurons = NeuronIndex(self._model)
         if not self.neurons:
             raise ValueError("the model has no convolution, linear or normalisation layer")
@@ -185,14 +185,3 @@ class NeuronFreezer:
         self._gradients.remove()
         for hook in self._hooks:
             hook.remove()
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel or torch.compile's wrapper."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        inner = getattr(model, "_orig_mod", model)
-        inner = inner.module if isinstance(inner, wrappers) else inner
-        if inner is model:
-            return model
-        model = inner

@@ -53,6 +53,17 @@ class Layer:
         return list(self.module.parameters(recurse=False))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel or torch.compile's wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, wrappers) else inner
+        if inner is model:
+            return model
+        model = inner
+
+
 class NeuronIndex:
     """All neurons of a model in one flat index, in the order in which its modules are registered.
 

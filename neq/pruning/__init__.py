@@ -1,0 +1,30 @@
+"""Pruning for an ordinary PyTorch training loop: SeReNe, LOBSTER, magnitudes, PSP-entropy."""
+
+from neq.pruning.entropy import PSPEntropy, psp_entropy
+from neq.pruning.magnitude import Bisection, MagnitudePruner
+from neq.pruning.masks import Masks, Size, prunable
+from neq.pruning.schedules import Plateau, Schedule
+from neq.pruning.sensitivity import (
+    NeuronSensitivity,
+    Preactivations,
+    neuron_sensitivity,
+    parameter_sensitivity,
+)
+from neq.pruning.shrink import Shrink
+
+__all__ = [
+    "Bisection",
+    "MagnitudePruner",
+    "Masks",
+    "NeuronSensitivity",
+    "PSPEntropy",
+    "Plateau",
+    "Preactivations",
+    "Schedule",
+    "Shrink",
+    "Size",
+    "neuron_sensitivity",
+    "parameter_sensitivity",
+    "prunable",
+    "psp_entropy",
+]
