@@ -10,6 +10,7 @@ from harness.train.optimizers import build_optimizer
 
 NOWHERE = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
 SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+PLATEAU = {"name": "ReduceLROnPlateau"}
 
 
 def recipe(**values):
@@ -83,6 +84,22 @@ def test_without_factors_there_is_one_group():
     assert optimizer.defaults["fused"]
 
 
+def test_a_plateau_lowers_the_rate_of_every_part():
+    plateau = PLATEAU | {"factor": 0.5, "patience": 0, "min_lr": [0.0, 0.6]}
+    made = recipe(scheduler=plateau, lr_factors={"head": 10.0})
+    optimizer, scheduler = build_optimizer("s", made, NOWHERE, steps=5)
+    seen = []
+    for loss in (1.0, 2.0, 2.0):
+        scheduler.step(loss)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    assert seen == [[0.1, 1.0], [0.05, 0.6], [0.025, 0.6]]
+
+
+def test_a_plateau_in_one_step_an_epoch_is_no_schedule_of_iterations():
+    with pytest.raises(UserError, match="can't step with every iteration"):
+        build_optimizer("s", recipe(scheduler=PLATEAU, schedule="iteration"), NOWHERE)
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -111,6 +128,28 @@ def test_without_factors_there_is_one_group():
         ),
         ({"scheduler": {"name": "StepLR", "size": 3}}, "StepLR refuses its arguments"),
         ({"scheduler": {"name": "MultiStepLR", "milestones": [1.5]}}, "a list of epochs"),
+        (
+            {"scheduler": PLATEAU, "schedule": "iteration"},
+            "ReduceLROnPlateau can't step with every iteration",
+        ),
+        ({"scheduler": PLATEAU | {"mode": "max"}}, "scheduler.mode: 'max'; .* follows a loss"),
+        ({"scheduler": PLATEAU | {"mode": 3}}, "scheduler.mode: 3; .* follows a loss"),
+        ({"scheduler": PLATEAU | {"factor": 1.5}}, "refuses its arguments: Factor"),
+        ({"scheduler": PLATEAU | {"factor": -0.1}}, "scheduler.factor: -0.1 must be a number"),
+        ({"scheduler": PLATEAU | {"patience": "late"}}, "scheduler.patience: 'late' must be a n"),
+        ({"scheduler": PLATEAU | {"cooldown": [1]}}, r"scheduler.cooldown: \[1\] must be a number"),
+        ({"scheduler": PLATEAU | {"threshold": True}}, "scheduler.threshold: True must be a n"),
+        ({"scheduler": PLATEAU | {"min_lr": [0, 0]}}, "refuses its arguments: expected 1 min_lrs"),
+        ({"scheduler": PLATEAU | {"threshold_mode": "odd"}}, "threshold mode odd is unknown"),
+        ({"scheduler": PLATEAU | {"milestone": 3}}, "refuses its arguments"),
+        (
+            {"scheduler": {"name": "ChainedScheduler", "schedulers": [PLATEAU]}},
+            r"scheduler.schedulers: ReduceLROnPlateau .* only recipe.scheduler itself is told",
+        ),
+        (
+            {"scheduler": {"name": "SequentialLR", "schedulers": [PLATEAU], "milestones": []}},
+            r"scheduler.schedulers: ReduceLROnPlateau .* only recipe.scheduler itself is told",
+        ),
     ],
 )
 def test_what_torch_refuses(values, message):

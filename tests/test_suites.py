@@ -340,7 +340,7 @@ def test_wrong_choices(arguments, message):
             r"model.input is \[3, 16, 16\], the training images are \[1, 16, 16\]",
         ),
         ("recipe.optimizer={name='LBFGS'}", "LBFGS"),
-        ("recipe.scheduler={name='ReduceLROnPlateau'}", "follows a metric"),
+        ("recipe.scheduler={name='ReduceLROnPlateau', mode='max'}", "follows a loss"),
         ("task='json:dumps'", "'json:dumps' failed: TypeError"),
         ("model.arguments={width=3}", "failed: TypeError"),
     ],

@@ -57,7 +57,7 @@ def toy(toys, method, *settings, seed=0):
 
 def keep_tuning(spec, root):
     """Nothing is left to the clock: every root gets the same choices, and none is measured."""
-    suite, chosen = spec.suite, tuning.Tuning()
+    suite, chosen = spec.trained_suite, tuning.Tuning()
     with patch.object(tuning, "tune", lambda *_: chosen), torch.random.fork_rng():
         model = parts.build_model(suite.model.build, spec.folder, suite.model.arguments)
         threads = torch.get_num_threads()

@@ -78,6 +78,10 @@ class _LayerCost:
             for share, call in self._shares(calls)
         )
 
+    def passed(self, bits: int) -> Iterator[int]:
+        """FLOPs of the input gradient of each call whose input depends on a parameter of `bits`."""
+        return (share for share, call in self._shares(self.calls) if call.upstream & bits)
+
     def _shares(self, calls: Iterable[Call]) -> Iterator[tuple[int, Call]]:
         """(FLOPs of its forward, call) for each of the calls that a backward visits."""
         elements = sum(call.elements for call in self.calls)
@@ -197,6 +201,19 @@ class Costs:
         this.
         """
         return 2 * 2 * self._evaluation.total * samples // BATCH
+
+    def derivatives(self, layers: Iterable[str], samples: int = 1) -> int:
+        """FLOPs of one pass back from the outputs to the outputs of these layers, which computes
+        no gradient of a parameter.
+        """
+        wanted = set(layers)
+        bits = 0
+        for cost in self._layers:
+            bits |= cost.bits * (cost.layer.name in wanted)
+        through = sum(share for cost in self._layers for share in cost.passed(bits)) + sum(
+            p.flops for p in self._products if p.triggers & bits
+        )
+        return through * samples // BATCH
 
     def backward(
         self, frozen: Tensor, samples: int = 1, plan: LayerPlans | None = None

@@ -140,10 +140,11 @@ def checked_size(name: str, method: Method) -> int | None:
 def measure_rows(name: str, method: Method, layers: Any) -> list[dict[str, Any]]:
     """What the method records of the epoch: rows with `layer`, `name` and `value`.
 
-    `layers`: names of the model's modules. Raises UserError for a name that is a column of another
-    table, an unknown layer, and a value that is no number; one that is not finite is null.
+    `layers`: names of the model's modules. Raises UserError for a name that is a column of
+    `epochs`, an unknown layer, and a value that is no number; one that is not finite is null.
     """
-    taken = {column.name for table in (IDENTITY, *COLUMNS.values()) for column in table}
+    by_epoch = (IDENTITY, COLUMNS["epochs"], COLUMNS["measures"])
+    taken = {column.name for table in by_epoch for column in table}
     taken -= {column.name for column in COLUMNS["measures"]} - {"layer", "epoch"}
     measures: Measures = method.measures()
     rows = []

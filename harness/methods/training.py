@@ -52,9 +52,10 @@ class Training:
 
     `model`: the bare module, on its device; `exclude`: layers, or dotted prefixes of their names,
     that must not freeze. `costs`: FLOPs of the model's passes, and `costs.neurons`, the index of
-    its neurons. `samples`: how many there are of "train" (in an epoch) and "validation", of all
-    workers together. `timings`: of backward kernels. `best`: a place for the best weights.
-    `validation_batches()`: (inputs, targets) of this worker's share of the validation samples;
+    its neurons. `epochs`: of the whole training; `samples`: how many there are of "train" (in an
+    epoch) and "validation", of all workers together. `timings`: of backward kernels. `best`: a
+    place for the best weights. `validation_batches()`: (inputs, targets) of this worker's share of
+    the validation samples;
     `validation_loss()`: what `evaluate` returns, not counted.
     """
 
@@ -62,6 +63,7 @@ class Training:
     optimizer: Optimizer
     exclude: tuple[str, ...]
     costs: Costs
+    epochs: int
     samples: Mapping[str, int]
     seed: int
     timings: neq.Timings

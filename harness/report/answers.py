@@ -2,9 +2,9 @@
 
 import math
 
-from harness.report.method_row import MethodRow
+from harness.report.method_row import MethodRow, Pruned
 from harness.report.model import GroupTable
-from harness.report.words import signed
+from harness.report.words import percent, signed
 from harness.suite.method_specs import kind_of
 
 MOST = 3  # methods; of more, the tables tell
@@ -27,7 +27,20 @@ def _answer(row: MethodRow, table: GroupTable) -> str:
         f"({_less(row.savings.saved_paper)} by the paper's count)."
     )
     known = [executes] if math.isfinite(row.savings.saved + row.savings.saved_paper) else []
-    return " ".join([row.label, _kept(row, table), *known, _time(row, table)])
+    return " ".join([row.label, _kept(row, table), *known, *_left(row.pruned), _time(row, table)])
+
+
+def _left(pruned: Pruned) -> list[str]:
+    """A sentence on what pruning has left and cost, if any of that is known."""
+    shares = {"parameters": pruned.parameters_left_share, "neurons": pruned.neurons_left_share}
+    left = [
+        f"{percent(share)} % of the {name}" for name, share in shares.items() if share is not None
+    ]
+    cost = pruned.training_cost
+    price = None if cost is None else f"{cost:.2f} times the FLOPs of plain training"
+    if not left:
+        return [f"Its training takes {price}."] if price else []
+    return [f"It leaves {' and '.join(left)}{f', for {price}' if price else ''}."]
 
 
 def _kept(row: MethodRow, table: GroupTable) -> str:

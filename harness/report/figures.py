@@ -9,13 +9,13 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from harness.report.curves import Curve, CurvePoint, curves
 from harness.report.layers import layer_pictures
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable, Report
-from harness.report.phases import with_labels
+from harness.report.phases import follows_loss, with_labels
 from harness.report.style import BASELINE, WIDTH, GroupLabel, Look, Picture, legend, looks, style
 from harness.report.words import flops_unit
 
@@ -37,7 +37,10 @@ def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[
     rows, done = epochs[epochs["group"] == table.group], report.done[table.group]
     of = GroupLabel(table.group, _name(table), " ".join(filter(None, [table.suite, table.point])))
     yield _courses(table, done, rows, of)
-    yield _tradeoff(table, of)
+    if _traded(table):
+        yield _tradeoff(table, of)
+    if _left(table):
+        yield _sparsity(table, of)
     if any(row.measured.seconds_train is not None for row in _shown(table)):
         yield _times(table, done, of)
     labels = [row.label for row in _shown(table)]
@@ -96,10 +99,7 @@ def _courses(
                 marker=mine.marker if table.epochs == 1 else None,
             )
             axis.fill_between(part.index, part["min"], part["max"], color=mine.colour, alpha=0.12)
-    lr = joined.groupby("epoch")["lr"].first()
-    axes[3].step(lr.index, lr, where="post", color=BASELINE)
-    if (lr > 0).all() and lr.max() > 5 * lr.min():
-        axes[3].set_yscale("log")
+    _rates(axes[3], table, joined)
     for axis, label in zip(
         axes,
         (
@@ -126,6 +126,21 @@ def _courses(
     return of.picture("epochs", caption, figure)
 
 
+def _rates(axis: Axes, table: GroupTable, joined: pd.DataFrame) -> None:
+    """The learning rate of all; or the mean one of each method, where it is each trial's own."""
+    if follows_loss(table.recipe):
+        look = _looks(table.methods)
+        lr = joined.groupby(["label", "epoch"])["lr"].mean()
+        for row in _shown(table):
+            mine, course = look[row.label], lr.loc[row.label]
+            axis.step(course.index, course, where="post", color=mine.colour, linestyle=mine.line)
+    else:
+        lr = joined.groupby("epoch")["lr"].first()
+        axis.step(lr.index, lr, where="post", color=BASELINE)
+    if (lr > 0).all() and lr.max() > 5 * lr.min():
+        axis.set_yscale("log")
+
+
 def _look_closer(axis: Axes, joined: pd.DataFrame) -> None:
     """Past the first fifth of the epochs, when differences begin to show."""
     later = joined.loc[joined["epoch"] >= joined["epoch"].max() / 5, "test_metric"]
@@ -134,18 +149,65 @@ def _look_closer(axis: Axes, joined: pd.DataFrame) -> None:
         axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
+def _traded(table: GroupTable) -> list[MethodRow]:
+    """Those to compare by what they save: no pruners, and no baseline that is alone with them."""
+    if not any(row.prunes for row in table.methods):
+        return _shown(table)
+    rows = [row for row in _shown(table) if math.isfinite(row.savings.saved)]
+    return [] if all(row.plain for row in rows) else rows
+
+
 def _tradeoff(table: GroupTable, of: GroupLabel) -> Picture:
     """What is kept against what is saved."""
     figure = Figure(figsize=(WIDTH, 3.8))
     axis: Axes = figure.subplots()
+    margin = _marks(axis, table, [(row, 100 * row.savings.saved) for row in _traded(table)])
+    axis.set_xlabel("backward FLOPs saved, deciding counted in, %")
+    axis.set_ylabel(f"{table.metric}, %")
+    legend(figure, axis)
+    caption = f"{table.metric} against what is saved; bars are 95 % intervals{margin}."
+    return of.picture("tradeoff", caption, figure)
+
+
+def _left(table: GroupTable) -> list[tuple[MethodRow, float]]:
+    """Those that prune, with the parameters that they leave, in per cent."""
+    found = [(row, 100 * (row.pruned.parameters_left_share or 0)) for row in _shown(table)]
+    return [(row, left) for row, left in found if left > 0]
+
+
+def _sparsity(table: GroupTable, of: GroupLabel) -> Picture:
+    """What is kept against what pruning leaves."""
+    figure = Figure(figsize=(WIDTH, 3.8))
+    axis: Axes = figure.subplots()
+    marks = _left(table)
+    margin = _marks(axis, table, marks)
+    axis.set_xscale("log")
+    places = [left for _, left in marks]
+    axis.set_xlim(min(places) / 3, 1.25 * max(places))  # wide enough for two labels, mostly
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("parameters left, %")
+    axis.set_ylabel(f"{table.metric}, %")
+    legend(figure, axis)
+    line = "; line: the baseline's" if margin else ""
+    caption = (
+        f"{table.metric} against the parameters that pruning leaves; bars are 95 % intervals"
+        f"{line}{margin}."
+    )
+    return of.picture("sparsity", caption, figure)
+
+
+def _marks(axis: Axes, table: GroupTable, rows: list[tuple[MethodRow, float]]) -> str:
+    """Draw the metric of each row at its place, and the baseline's; what to say of the latter."""
     look = _looks(table.methods)
-    for row in _shown(table):
+    for row, at in rows:
         low = row.quality.metric_mean if row.quality.metric_low is None else row.quality.metric_low
         high = (
             row.quality.metric_mean if row.quality.metric_high is None else row.quality.metric_high
         )
         axis.errorbar(
-            100 * row.savings.saved,
+            at,
             100 * row.quality.metric_mean,
             yerr=[
                 [100 * (row.quality.metric_mean - low)],
@@ -157,17 +219,12 @@ def _tradeoff(table: GroupTable, of: GroupLabel) -> Picture:
             label=row.label,
         )
     plain = next((row for row in _shown(table) if row.plain), None)
-    margin = ""
-    if plain is not None:
-        level = 100 * plain.quality.metric_mean
-        axis.axhline(level, color=BASELINE, linewidth=0.8)
-        axis.axhline(level - table.margin, color=BASELINE, linewidth=0.8, linestyle=":")
-        margin = f"; dotted: the baseline's less the margin of {table.margin:g} points"
-    axis.set_xlabel("backward FLOPs saved, deciding counted in, %")
-    axis.set_ylabel(f"{table.metric}, %")
-    legend(figure, axis)
-    caption = f"{table.metric} against what is saved; bars are 95 % intervals{margin}."
-    return of.picture("tradeoff", caption, figure)
+    if plain is None:
+        return ""
+    level = 100 * plain.quality.metric_mean
+    axis.axhline(level, color=BASELINE, linewidth=0.8)
+    axis.axhline(level - table.margin, color=BASELINE, linewidth=0.8, linestyle=":")
+    return f"; dotted: the baseline's less the margin of {table.margin:g} points"
 
 
 def _times(table: GroupTable, done: pd.DataFrame, of: GroupLabel) -> Picture:
@@ -207,10 +264,11 @@ def _sweep(curve: Curve) -> Picture:
     if curve.baseline is not None:
         above.axhline(100 * curve.baseline, color=BASELINE, linestyle="--", label="baseline")
     above.set_ylabel(f"{curve.metric}, %")
-    below.set_ylabel("backward FLOPs left, %")
-    below.set_xlabel(curve.parameter)
     rows = [point.row for points in curve.lines.values() for point in points]
-    _from_zero(below, [100 * (1 - row.savings.saved) for row in rows])
+    pruned = all(row.prunes or row.plain for row in rows) and any(row.prunes for row in rows)
+    below.set_ylabel("parameters left, %" if pruned else "backward FLOPs left, %")
+    below.set_xlabel(curve.parameter)
+    _from_zero(below, [_remaining(row) for row in rows])
     if curve.ticks is not None:
         below.set_xticks(range(len(curve.ticks)), curve.ticks)
     elif curve.scale == "symlog":
@@ -221,10 +279,11 @@ def _sweep(curve: Curve) -> Picture:
         below.set_xscale(curve.scale)
     legend(figure, above)
     mark = "dotted" if curve.ticks is None else "dashes"
-    caption = (
-        f"{curve.suite}: {curve.metric} with 95 % intervals, and what is left of the dense "
-        f"backward, deciding counted in, against {curve.parameter}; {mark}: by the paper's count, "
-        "of its own."
+    caption = f"{curve.suite}: {curve.metric} with 95 % intervals, and what is left of the " + (
+        f"parameters, against {curve.parameter}."
+        if pruned
+        else f"dense backward, deciding counted in, against {curve.parameter}; {mark}: by the "
+        "paper's count, of its own."
     )
     words = [curve.suite, curve.family, curve.parameter, curve.first[:6]]
     name = f"{_plain(' '.join(filter(None, words)))}-sweep"
@@ -251,6 +310,18 @@ def _line(
         if row.quality.metric_low is not None and row.quality.metric_high is not None:
             ends = [100 * row.quality.metric_low, 100 * row.quality.metric_high]
             above.plot([x, x], ends, color=look.colour, linewidth=1)
-    below.plot(at, [100 * (1 - row.savings.saved) for row in rows], label=label, **style)
+    below.plot(at, [_remaining(row) for row in rows], label=label, **style)
+    if any(row.prunes for row in rows):
+        return
     paper = [100 * row.savings.paper_share for row in rows]
     below.plot(at, paper, "_" if words else ":", color=look.colour)
+
+
+def _remaining(row: MethodRow) -> float:
+    """What a method leaves, in per cent: of the parameters where it prunes, else of the dense
+    backward.
+    """
+    if row.prunes:
+        share = row.pruned.parameters_left_share
+        return math.nan if share is None else 100 * share
+    return 100 * (1 - row.savings.saved)

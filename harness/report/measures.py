@@ -23,6 +23,17 @@ def recorded(measures: pd.DataFrame, trials: pd.DataFrame) -> list[MeasureRow]:
     return [_row(str(name), rows) for (name, _), rows in last]
 
 
+def of_model(measures: pd.DataFrame, trials: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """What each of these trials has recorded last of the whole model, a column for each of `names`.
+
+    Rows are those of `trials`; NaN: it is not known, or was not recorded.
+    """
+    whole = measures[measures["layer"].isna() & measures["trial"].isin(trials["trial"])]
+    last = whole.sort_values("epoch", kind="stable").drop_duplicates(["trial", "name"], keep="last")
+    found = last.pivot(index="trial", columns="name", values="value")
+    return found.reindex(index=trials["trial"], columns=names).set_axis(trials.index).astype(float)
+
+
 def _row(name: str, rows: pd.DataFrame) -> MeasureRow:
     layers = rows["layer"].nunique()
     by_trial = rows.groupby("trial")["value"].agg(lambda values: values.mean(skipna=False))

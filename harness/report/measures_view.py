@@ -1,6 +1,6 @@
 """What methods have recorded themselves, as a table."""
 
-from harness.report.method_row import MeasureRow
+from harness.report.method_row import MeasureRow, MethodRow
 from harness.report.model import GroupTable
 from harness.report.tables import Cell, Column, Table
 from harness.report.words import NONE, counted
@@ -9,6 +9,24 @@ NOTE = (
     "What methods record of themselves, as they did last: mean ± standard deviation over seeds. Of "
     "layers: their mean, and the least and the greatest of them."
 )
+PRUNED = {  # of a whole model, by measure: what the table of pruning shows it as
+    "parameters": "parameters_left_share",
+    "parameters_left": "parameters_left_share",
+    "neurons": "neurons_left_share",
+    "neurons_left": "neurons_left_share",
+    "forward_flops_effective": "forward_effective_share",
+    "psp_entropy": "psp_entropy",
+}
+
+
+def shown(row: MethodRow) -> list[MeasureRow]:
+    """The measures of a method that no other table shows."""
+    return [measure for measure in row.measures if not _elsewhere(measure, row)]
+
+
+def _elsewhere(measure: MeasureRow, row: MethodRow) -> bool:
+    part = None if measure.layers else PRUNED.get(measure.name)
+    return part is not None and getattr(row.pruned, part) is not None
 
 
 def measures(table: GroupTable) -> Table:
@@ -23,7 +41,7 @@ def measures(table: GroupTable) -> Table:
             Column("last"),
             Column("from … to"),
         ],
-        rows=[_row(row.label, measure) for row in table.methods for measure in row.measures],
+        rows=[_row(row.label, measure) for row in table.methods for measure in shown(row)],
         notes=[NOTE],
     )
 

@@ -1,8 +1,8 @@
 """One method over its seeds, as every form of the report shows it.
 
 A row has a part for each question: what was reached, what was saved by count, what clocks and
-counters say, and what a shorter baseline would have done. Field names are the documented keys of
-the JSON, where the parts stand flat, one after the other.
+counters say, what a shorter baseline would have done, and what pruning has left. Field names are
+the documented keys of the JSON, where the parts stand flat, one after the other.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -101,6 +101,26 @@ class ShorterBaseline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """What a method that prunes has left after the last epoch, and what its training has cost.
+
+    Means over seeds; None: a seed does not tell, or the method does not prune. Shares are of the
+    baseline's model, or of the method's own where there is no baseline: of its parameters, of its
+    neurons, and of the FLOPs of its forward. `forward_effective_share` counts the
+    multiply-accumulates of rows and columns that still hold a weight. `psp_entropy`: bits, mean
+    over the neurons that are left; None where a class has no validation sample. `training_cost`:
+    FLOPs of the method's steps (forward, executed backward, whatever it adds) over those of plain
+    training (forward and dense backward).
+    """
+
+    parameters_left_share: float | None = None
+    neurons_left_share: float | None = None
+    forward_effective_share: float | None = None
+    psp_entropy: float | None = None
+    training_cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureRow:
     """What a method has recorded under one name, as it did last, over seeds.
 
@@ -138,12 +158,18 @@ class MethodRow:
     savings: Savings
     measured: Measured
     shorter_baseline: ShorterBaseline
+    pruned: Pruned
     measures: list[MeasureRow] = field(default_factory=list)
 
     @property
     def plain(self) -> bool:
         """Whether it is a baseline."""
         return kind_of(self.parameters).is_baseline
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it says how many parameters it leaves: such a one is never said to save."""
+        return self.savings.effective_parameters is not None
 
     def to_json(self) -> dict[str, Any]:
         """The documented keys in their order, all parts flat."""

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,14 @@ from harness.report.intervals import (
     verdict,
 )
 from harness.report.measures import recorded
-from harness.report.method_row import Measured, MethodRow, Quality, Savings, ShorterBaseline
+from harness.report.method_row import (
+    Measured,
+    MethodRow,
+    Pruned,
+    Quality,
+    Savings,
+    ShorterBaseline,
+)
 from harness.report.per_trial import COUNTS, Labels, by_seed
 from harness.suite.method_specs import KINDS, kind_of, told
 
@@ -71,6 +79,7 @@ def method_rows(
                 savings=_savings(rows),
                 measured=_measurements(rows, others, timed=timed, shared=shared),
                 shorter_baseline=_shorter_baseline(rows, others),
+                pruned=_pruned(rows),
                 measures=recorded(measures, rows),
             )
         )
@@ -129,6 +138,11 @@ def _savings(rows: pd.DataFrame) -> Savings:
         executed_share=_over(means["executed"], means["dense"]),
         overhead_share=_over(means["overhead"], means["dense"]),
     )
+
+
+def _pruned(rows: pd.DataFrame) -> Pruned:
+    means = rows[[part.name for part in fields(Pruned)]].mean(skipna=False).items()
+    return Pruned(**{str(name): float(mean) for name, mean in means if math.isfinite(mean)})
 
 
 def _over(value: float, whole: float) -> float:

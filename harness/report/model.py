@@ -125,7 +125,7 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
         state = groups.group_trials(rows, mine, requests)
         pairs = zip(state.done["method"], state.done["parameters"], strict=True)
         called = labels([*pairs, *state.failures])
-        done[group] = per_trial(state.done, mine, called)
+        done[group] = per_trial(state.done, mine, called, measures)
         tables.append(
             _group(rows, state, done[group], mine, requests, called, apart, results.twice, measures)
         )

@@ -8,10 +8,15 @@ import pandas as pd
 
 from harness.report.intervals import FEWEST
 from harness.report.method_row import MethodRow
+from harness.report.phases import PLATEAU, follows_loss, recipe_of
 from harness.report.words import counted
 from harness.storage.provenance import is_commit
 from harness.suite.config import MARGIN
 
+FOLLOWS = (
+    f"The learning rate follows the validation loss ({PLATEAU}): it differs by method and seed, so "
+    "training is not cut into phases."
+)
 FEW = 6  # seeds, below which intervals say little about rare failures
 
 
@@ -32,6 +37,7 @@ def notes(
     return [
         *(["Trained on noise: the metric means nothing."] if synthetic else []),
         *_compared(rows),
+        *([FOLLOWS] if follows_loss(recipe_of(trials)) else []),
         *(
             []
             if stated

@@ -6,23 +6,29 @@ import math
 import numpy as np
 import pandas as pd
 
+from harness.report.measures import of_model
 from harness.suite.method_specs import kind_of
 
 COUNTS = ["dense", "paper", "required", "executed"]
 OTHER_LOAD = 0.5  # CPUs, or processes on a GPU: with more of others, seconds have no verdict
 Labels = dict[tuple[str, str], str]  # by name and parameters (JSON) of a method
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]
+SIZES = ["parameters", "neurons"]  # measures of a whole model; what is left of each: `…_left`
 
 
-def per_trial(done: pd.DataFrame, epochs: pd.DataFrame, labels: Labels) -> pd.DataFrame:
+def per_trial(
+    done: pd.DataFrame, epochs: pd.DataFrame, labels: Labels, measures: pd.DataFrame
+) -> pd.DataFrame:
     """The finished trials `done` of a group, a row each, with what their `epochs` say.
 
-    `labels`: what each method, by name and parameters (JSON), is called. New columns: `value` and
-    `curve` (the last metric, that of every epoch); `forward`, `dense`, `paper`, `required`,
-    `executed` and `overhead` (FLOPs per sample, mean over epochs), `paper_curve`, `paper_dense`;
-    `saved…`, `spent` (of all FLOPs of plain training), `frozen` (shares); `seconds…`, `memory`
-    (bytes), `energy` (joules), `other_load`; `size` (parameters that are left, of what prunes);
-    `baseline`, `in_question` and `label`. Shares are of the baseline's model, where there is one.
+    `labels`: what each method, by name and parameters (JSON), is called; `measures`: rows of that
+    table, of these trials among others. New columns: `value` and `curve` (the last metric, that of
+    every epoch); `forward`, `dense`, `paper`, `required`, `executed` and `overhead` (FLOPs per
+    sample, mean over epochs), `paper_curve`, `paper_dense`; `saved…`, `spent` (of all FLOPs of
+    plain training), `frozen` (shares); `seconds…`, `memory` (bytes), `energy` (joules),
+    `other_load`; `size` (parameters that are left, of what prunes) and, of what prunes, the fields
+    of `method_row.Pruned`; `baseline`, `in_question` and `label`. Shares are of the baseline's
+    model, where there is one.
     """
     mine = epochs[epochs["trial"].isin(done["trial"])].sort_values("epoch", kind="stable")
     by_sample = {
@@ -64,12 +70,12 @@ def per_trial(done: pd.DataFrame, epochs: pd.DataFrame, labels: Labels) -> pd.Da
         # A process that comes to a GPU for an epoch is too many; a CPU may be busy for a moment.
         other_load=joined["other_load"].where(joined["gpu"].isna(), joined["most_load"]),
     )
-    return _with_shares(joined)
+    return _with_pruned(_with_shares(joined), measures)
 
 
 def _with_shares(trials: pd.DataFrame) -> pd.DataFrame:
     """With what was saved and spent; what prunes saves nothing: it is smaller afterwards, and no
-    cheaper in training.
+    cheaper in training. What that has spent is its `training_cost`.
     """
     plain = trials[trials["baseline"]]
     forward = trials["forward"]
@@ -86,7 +92,30 @@ def _with_shares(trials: pd.DataFrame) -> pd.DataFrame:
         "spent": (trials["forward"] + spent) / (forward + trials["dense"]),
     }
     saves = trials["size"].isna()
-    return trials.assign(**{name: share.where(saves) for name, share in shares.items()})
+    masked = {name: share.where(saves) for name, share in shares.items()}
+    return trials.assign(training_cost=shares["spent"].where(~saves), **masked)
+
+
+def _with_pruned(trials: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
+    """With what is left of the model of each trial that prunes, by what it has recorded."""
+    left = [f"{name}_left" for name in SIZES]
+    recorded = of_model(measures, trials, [*SIZES, *left, "forward_flops_effective", "psp_entropy"])
+    whole, forward = recorded[SIZES], trials["forward"]
+    plain = trials[trials["baseline"]]
+    if len(plain):  # another model is held against the baseline's, if anybody has told its size
+        forward = plain["forward"].iloc[0]
+        alike = np.isclose(trials["forward"], forward, rtol=1e-9)
+        whole = whole[alike].reindex(trials.index).fillna(whole[alike].max())
+    shares = {
+        f"{part}_share": recorded[part] / whole[name]
+        for name, part in zip(SIZES, left, strict=True)
+    }
+    pruned = trials["size"].notna()
+    return trials.assign(
+        **{name: share.where(pruned) for name, share in shares.items()},
+        forward_effective_share=(recorded["forward_flops_effective"] / forward).where(pruned),
+        psp_entropy=recorded["psp_entropy"].where(pruned),
+    )
 
 
 def devices(done: pd.DataFrame) -> set[str]:

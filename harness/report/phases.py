@@ -1,10 +1,13 @@
 """Where in training the saving arises: by phases of the learning-rate schedule."""
 
+import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
+PLATEAU = "ReduceLROnPlateau"  # the scheduler whose rate is each trial's own
 MOST = 6  # phases; a schedule with more drops is a smooth one, and is cut into thirds
 
 
@@ -38,9 +41,10 @@ class Phase:
 
 def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
     """The phases of training: between drops of the learning rate to half or less, or thirds where
-    it falls otherwise. `done`: finished trials (`per_trial`); `epochs`: their rows.
+    it falls otherwise; none where each trial has a learning rate of its own. `done`: finished
+    trials (`per_trial`); `epochs`: their rows.
     """
-    if done.empty:
+    if done.empty or follows_loss(recipe_of(done)):
         return []
     mine = with_labels(done, epochs)
     mine = mine.assign(spent=mine["backward_flops_executed"] + mine["overhead_flops"])
@@ -61,6 +65,17 @@ def phases(done: pd.DataFrame, epochs: pd.DataFrame) -> list[Phase]:
         before = {row.label: row.metric for row in rows}
         found.append(Phase(first=first, last=last, lr=float(lr.iloc[first]), methods=rows))
     return found
+
+
+def recipe_of(trials: pd.DataFrame) -> dict[str, Any]:
+    """The recipe of these trials, which are of one group."""
+    recipe: dict[str, Any] = json.loads(trials["experiment"].iloc[0])["recipe"]
+    return recipe
+
+
+def follows_loss(recipe: dict[str, Any]) -> bool:
+    """Whether the learning rate follows the validation loss, and so differs by method and seed."""
+    return (recipe.get("scheduler") or {}).get("name") == PLATEAU
 
 
 def with_labels(done: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:

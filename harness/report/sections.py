@@ -7,9 +7,10 @@ from typing import Any
 from harness.report import views
 from harness.report.answers import answers
 from harness.report.curves import Sweep, sweep_of, sweeps
-from harness.report.measures_view import measures
+from harness.report.measures_view import measures, shown
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.paper_view import against_paper
+from harness.report.pruning_view import pruned
 from harness.report.tables import Section
 from harness.report.words import arguments, as_text, counted, listed
 from harness.suite.config import forward_size
@@ -55,10 +56,11 @@ def _section(table: GroupTable, *, named: bool) -> Section:
     made = []
     if any(row.n for row in table.methods):
         made = [views.accuracy(table), views.savings(table)]
-        made += [views.by_phase(table)] if len(table.methods) > 1 else []
+        made += [views.by_phase(table)] if len(table.methods) > 1 and table.phases else []
         shorter = any(row.shorter_baseline.stopped_epochs for row in table.methods)
         made += [views.shorter_baseline(table)] if shorter else []
-    made += [measures(table)] if any(row.measures for row in table.methods) else []
+    made += [pruned(table)] if any(row.prunes for row in table.methods) else []
+    made += [measures(table)] if any(shown(row) for row in table.methods) else []
     made += [against_paper(table)] if made and table.published else []
     alerts = [("Not begun", line) for line in table.missing]
     alerts += [("Unfinished", line) for line in table.unfinished]
@@ -92,7 +94,8 @@ def _facts(table: GroupTable, *, named: bool) -> list[str]:
         differs = ", ".join(f"{path} {as_text(value)}" for path, value in table.apart.items())
         facts.append(f"Stands apart from the suite's other groups by {differs}")
     for row in table.methods:
-        parameters = {k: v for k, v in row.parameters.items() if k != "kind"}
+        known = row.parameters.items()
+        parameters = {k: v for k, v in known if k != "kind" and v is not None}
         if parameters:
             facts.append(f"{row.label}: {listed(parameters)}")
     return facts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from harness.report.curves import Sweep
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable
-from harness.report.phases import Phase, PhaseRow
+from harness.report.phases import Phase, PhaseRow, follows_loss
 from harness.report.tables import TONES, Cell, Column, Table
 from harness.report.words import (
     NONE,
@@ -44,9 +44,13 @@ PHASES = (
 STOPPED = (
     "FLOPs: all that a method spends (forward, executed backward, deciding), of what plain "
     "training does. The baseline as it was after as many epochs as that pays for; Δ: the method at "
-    "its end minus that, in percentage points. Its schedule was not shortened: one that was would "
-    "do better, above all where the last phase was not reached (†)."
+    "its end minus that, in percentage points. "
 )
+SHORTENED = (
+    "Its schedule was not shortened: one that was would do better, above all where the last phase "
+    "was not reached (†)."
+)
+FOLLOWED = "Its learning rate followed the validation loss: a schedule for that end may do better."
 
 
 def accuracy(table: GroupTable) -> Table:
@@ -131,7 +135,7 @@ def savings(table: GroupTable) -> Table:
         ]
     pruned = any(row.savings.effective_parameters is not None for row in table.methods)
     if pruned:
-        left = Column("left", "k params")
+        left = Column("left", "k params", wide=True)
         optional.append((left, lambda r: _scaled(r.savings.effective_parameters, 1e3)))
     rows = [
         [
@@ -235,7 +239,7 @@ def shorter_baseline(table: GroupTable) -> Table:
             Column("95 %", "pp"),
         ],
         rows=[_shorter(row, table) for row in table.methods if row.shorter_baseline.stopped_epochs],
-        notes=[STOPPED],
+        notes=[STOPPED + (FOLLOWED if follows_loss(table.recipe) else SHORTENED)],
     )
 
 
@@ -254,8 +258,9 @@ def _shorter(row: MethodRow, table: GroupTable) -> list[Cell]:
 
 
 def _early(row: MethodRow, table: GroupTable) -> str:
-    """A mark, where the learning rate had not yet begun its last phase."""
-    return " †" if (row.shorter_baseline.stopped_epochs or 0) <= table.phases[-1].first else ""
+    """A mark, where the learning rate had not yet begun its last phase, if it has phases."""
+    last = table.phases[-1].first if table.phases else -1
+    return " †" if (row.shorter_baseline.stopped_epochs or 0) <= last else ""
 
 
 def sweep(swept: Sweep) -> Table:

@@ -1,6 +1,7 @@
 """What can be checked before the first step, so that it shows before hours are spent."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from harness.suite import parts
 from harness.suite.config import Suite, TrialSpec
 from harness.tasks import Task, build_task
 from harness.train import weights
-from harness.train.optimizers import build_optimizer
+from harness.train.optimizers import build_optimizer, check_followed
 
 SAMPLES = 2  # that are run through the model
 
@@ -74,16 +75,37 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
     for what is wrong in a method of the user's own.
     """
     for trial in {trial.method: trial for trial in trials}.values():
-        suite = trial.suite
-        copied = copy.deepcopy(model)  # which the method may hook
-        optimizer, _ = build_optimizer(suite.name, suite.recipe, copied)
+        suite = trial.trained_suite
+        check_followed(suite)
         try:
+            mine, counted = copy.deepcopy(model), costs  # the method may hook it
+            if trial.method_spec.model_changes:
+                mine, counted = _other_model(trial)
+            optimizer, _ = build_optimizer(suite.name, suite.recipe, mine)
             if trial.method_spec.foreign:
                 rehearse(trial, SAMPLES * parallel.workers())
             else:
-                build_method(trial, _untrained(suite, copied, optimizer, costs))
+                build_method(trial, _untrained(suite, mine, optimizer, counted))
         except UserError as error:
             raise UserError(f"suite {suite.name}: {error}") from None
+
+
+def _other_model(trial: TrialSpec) -> tuple[nn.Module, Costs]:
+    """The model that the method wants otherwise than the suite; raises UserError where its
+    arguments build none, or one with a layer of no neurons.
+    """
+    parts_, changes = trial.trained_suite.model, trial.method_spec.model_changes
+    where = f"methods.{trial.method}: the model with {changes}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on tensors without elements
+            model = parts.build_model(parts_.build, trial.folder, parts_.arguments)
+        empty = [name for name, p in model.named_parameters() if p.numel() == 0]
+        if empty:
+            raise UserError(f"{empty[0]} has no elements; widths must be 1 or more")
+        return model, costs_of(model, parts_.input, parts_.unpublished)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _untrained(suite: Suite, model: nn.Module, optimizer: Optimizer, costs: Costs) -> Training:
@@ -92,6 +114,7 @@ def _untrained(suite: Suite, model: nn.Module, optimizer: Optimizer, costs: Cost
         optimizer=optimizer,
         exclude=suite.model.exclude,
         costs=costs,
+        epochs=suite.recipe.epochs,
         samples={"train": 0, "validation": 0},
         seed=0,
         timings=neq.Timings(),

@@ -6,9 +6,11 @@ What the rest of the harness has to know of a method it asks its spec; nothing t
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from harness.suite.fields import ImportString, added
+from harness.suite.pruning_specs import PRUNING, PruningMethodSpec
+from harness.suite.spec import Spec
 
 if TYPE_CHECKING:
     import neq
@@ -16,31 +18,6 @@ if TYPE_CHECKING:
 Keep = Annotated[float, Field(ge=0, le=1, strict=True)]
 Mu = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Recursion = Literal["paper", "reference"]
-
-
-class Spec(BaseModel):
-    """The parameters of a method.
-
-    `is_baseline`: all others are compared with it. `in_question`: the report answers for it, as it
-    does not for controls. `needs_validation`: it decides on validation images. `foreign`: it comes
-    from a user's own code, which is tried out before the first trial.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    is_baseline: ClassVar[bool] = False
-    in_question: ClassVar[bool] = False
-    needs_validation: ClassVar[bool] = False
-    foreign: ClassVar[bool] = False
-
-    @property
-    def work(self) -> tuple[str, dict[str, Any]]:
-        """The method at work: import string of a `harness.methods.Method`, and its arguments."""
-        raise NotImplementedError
-
-    @property
-    def model_changes(self) -> dict[str, Any]:
-        """Arguments of the model that the method wants otherwise than the suite."""
-        return {}
 
 
 class PolicySpec(Spec):
@@ -157,7 +134,7 @@ class OwnSpec(Spec):
     foreign: ClassVar[bool] = True
     kind: Literal["own"]
     build: ImportString
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     model_arguments: dict[str, Any] = added({})
 
     @property
@@ -172,7 +149,13 @@ class OwnSpec(Spec):
 
 
 MethodSpec = Annotated[
-    BaselineSpec | NeqSpec | RandomSpec | SmallestVelocitySpec | FreezeAfterSpec | OwnSpec,
+    BaselineSpec
+    | NeqSpec
+    | RandomSpec
+    | SmallestVelocitySpec
+    | FreezeAfterSpec
+    | PruningMethodSpec
+    | OwnSpec,
     Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[Spec]] = {
@@ -181,6 +164,7 @@ KINDS: dict[str, type[Spec]] = {
     "random": RandomSpec,
     "smallest_velocity": SmallestVelocitySpec,
     "freeze_after": FreezeAfterSpec,
+    **PRUNING,
     "own": OwnSpec,
 }
 

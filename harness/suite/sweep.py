@@ -16,6 +16,7 @@ SECTIONS = {"model": Model, "data": Data, "recipe": Recipe}
 NUMBERS = {"lr", "momentum", "dampening", "weight_decay", "alpha", "rho", "lr_decay", "nesterov"}
 NUMBERS |= {"gamma", "power", "factor", "start_factor", "end_factor", "step_size", "total_iters"}
 NUMBERS |= {"T_max", "T_0", "T_mult", "eta_min", "max_lr", "amsgrad"}
+NUMBERS |= {"patience", "threshold", "cooldown"}
 LISTS = {"betas", "milestones", "schedulers", "etas", "step_sizes", "eps"}
 
 Point = dict[str, Any]

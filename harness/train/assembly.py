@@ -33,7 +33,7 @@ from harness.suite.config import TrialSpec
 from harness.suite.parts import build_model
 from harness.tasks import Task, build_task
 from harness.train.evaluation import Evaluator
-from harness.train.optimizers import build_optimizer
+from harness.train.optimizers import build_optimizer, check_followed
 from harness.train.tuning import Tuning, tuning_for
 from harness.train.weights import load_weights
 from neq.momentum import complete_momentum
@@ -159,6 +159,7 @@ def assemble(
     """
     suite, seed, folder = spec.trained_suite, spec.seed, spec.folder
     recipe, parts = suite.recipe, suite.model
+    check_followed(suite)
     loaders = suite.resources.cpus if device.type == "cuda" else 0
     batches = load_data(suite, folder).open(device, seed, recipe, loaders=loaders, most=most)
     task = build_task(suite, folder)
@@ -184,6 +185,7 @@ def assemble(
         optimizer=optimizer,
         exclude=(*parts.exclude, *costs.uncalled),
         costs=costs,
+        epochs=recipe.epochs,
         samples={part: batches.size(part) for part in ("train", "validation")},
         seed=seed,
         timings=tuning.timings,

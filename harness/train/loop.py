@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness import parallel
 from harness.data.dataset import Microbatch
@@ -40,10 +41,22 @@ class Loop:
             if microbatch.last:
                 self._step()
                 work.optimizer.zero_grad()
-        if work.scheduler is not None and self._recipe.schedule == "epoch":
-            work.scheduler.step()
+        self._schedule("epoch")
         mean: float = parallel.add_up(total).item() / work.batches.size("train")
         return mean
+
+    def follow(self, loss: float) -> None:
+        """After an epoch, with its validation loss, for a scheduler that follows that."""
+        scheduler = self._at_work.scheduler
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(loss)
+
+    def _schedule(self, now: str) -> None:
+        scheduler = self._at_work.scheduler
+        if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
+            return
+        if self._recipe.schedule == now:
+            scheduler.step()
 
     def _communicating(self, microbatch: Microbatch) -> AbstractContextManager[None]:
         """Gradients of several microbatches are added up first, and exchanged once."""
@@ -74,8 +87,7 @@ class Loop:
         work.method.after_backward()
         if steps and self._made(work):
             work.method.after_step()
-        if work.scheduler is not None and self._recipe.schedule == "iteration":
-            work.scheduler.step()
+        self._schedule("iteration")
 
     def _made(self, work: Assembly) -> bool:
         """Let the optimizer step; whether it has, as far as the method minds."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from harness.errors import UserError
-from harness.suite.config import Recipe, TorchClass
+from harness.suite.config import Recipe, Suite, TorchClass
 
 # Schedulers that can step with every iteration, for all their arguments of time are among these.
 COUNTED = (
@@ -21,6 +21,18 @@ COUNTED = (
     *("StepLR", "MultiStepLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"),
 )
 COUNTS = ("total_iters", "T_max", "T_0", "step_size", "milestones")
+PLATEAU = "ReduceLROnPlateau"  # which steps once an epoch, on the validation loss
+PLATEAU_NUMBERS = ("factor", "patience", "threshold", "cooldown", "min_lr", "eps")
+
+
+def check_followed(suite: Suite) -> None:
+    """Raises UserError for a scheduler that follows the validation loss where there is none."""
+    scheduler = suite.recipe.scheduler
+    if scheduler is not None and scheduler.name == PLATEAU and not suite.data.validation_size:
+        raise UserError(
+            f"suite {suite.name}: recipe.scheduler: {PLATEAU} follows the validation loss: "
+            "data.validation_size must be at least 1"
+        )
 
 
 def build_optimizer(
@@ -38,6 +50,8 @@ def build_optimizer(
     optimizer = _torch_class(torch.optim, Optimizer, where + "optimizer", named, [groups])
     if recipe.scheduler is None:
         return optimizer, None
+    if recipe.scheduler.name == PLATEAU:
+        _check_plateau(where + "scheduler", recipe.scheduler, recipe.schedule)
     unit = steps if recipe.schedule == "iteration" else 1
     return optimizer, _scheduler(where + "scheduler", recipe.scheduler, optimizer, unit)
 
@@ -58,13 +72,30 @@ def _groups(where: str, recipe: Recipe, model: nn.Module) -> list[dict[str, Any]
     return [{"params": part, **factors.get(name, {})} for name, part in groups.items() if part]
 
 
+def _check_plateau(where: str, named: TorchClass, schedule: str) -> None:
+    """Torch itself takes any arguments, and fails an epoch later."""
+    if schedule == "iteration":
+        raise _uncounted(where, named.name)
+    if (mode := named.arguments.get("mode", "min")) != "min":
+        raise UserError(f'{where}.mode: {mode!r}; {PLATEAU} follows a loss: leave it at "min"')
+    for key in PLATEAU_NUMBERS:
+        value = named.arguments.get(key, 0)
+        numbers = value if key == "min_lr" and isinstance(value, list) else [value]
+        if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+            raise UserError(f"{where}.{key}: {value!r} must be a number, at least 0")
+
+
+def _uncounted(where: str, name: str) -> UserError:
+    return UserError(
+        f'{where}: {name} can\'t step with every iteration; take schedule = "epoch", or '
+        f"one of {', '.join(COUNTED)}"
+    )
+
+
 def _scheduler(where: str, named: TorchClass, optimizer: Optimizer, unit: int) -> LRScheduler:
     """Arguments count epochs of `unit` steps; schedulers among them are built first."""
     if unit > 1 and named.name not in COUNTED:
-        raise UserError(
-            f'{where}: {named.name} can\'t step with every iteration; take schedule = "epoch", or '
-            f"one of {', '.join(COUNTED)}"
-        )
+        raise _uncounted(where, named.name)
     milestones = named.arguments.get("milestones", [])
     if not isinstance(milestones, list) or not all(isinstance(m, int) for m in milestones):
         raise UserError(
@@ -77,11 +108,6 @@ def _scheduler(where: str, named: TorchClass, optimizer: Optimizer, unit: int) -
     scheduler: LRScheduler = _torch_class(
         lr_scheduler, LRScheduler, where, built, _leading(named, optimizer)
     )
-    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        raise UserError(
-            f"{where}: ReduceLROnPlateau follows a metric, which would differ by method; "
-            "take a schedule of epochs"
-        )
     return scheduler
 
 
@@ -107,6 +133,11 @@ def _nested(where: str, optimizer: Optimizer, unit: int, value: Any) -> LRSchedu
         named = TorchClass.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{where}.schedulers: {error.errors()[0]['msg']}") from None
+    if named.name == PLATEAU:
+        raise UserError(
+            f"{where}.schedulers: {PLATEAU} follows the validation loss, which only "
+            "recipe.scheduler itself is told; take it alone, or other schedulers"
+        )
     return _scheduler(where + ".schedulers", named, optimizer, unit)
 
 

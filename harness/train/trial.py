@@ -137,6 +137,7 @@ class Trial:
         _check_finite("training loss", train_loss, epoch)
         parallel.broadcast_buffers(work.model)
         val_loss, seconds_validation = self._timed(lambda: work.evaluator.loss("validation"))
+        loop.follow(val_loss)
         before = parallel.fingerprint(work.model)
         with self._energy.measuring():
             _, seconds_equilibrium = self._timed(lambda: work.method.end_epoch(epoch))
