@@ -34,3 +34,11 @@ def add_up(tensor: Tensor) -> Tensor:
     if workers() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def largest(tensor: Tensor) -> list[int]:
+    """The largest of all ranks' values at each place of `tensor`, int64 [n]."""
+    if workers() > 1:
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    found: list[int] = tensor.tolist()
+    return found

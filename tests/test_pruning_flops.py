@@ -33,10 +33,13 @@ def seen(work, loop, epoch):
     return counter.get_total_flops(), said
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_counted_is_executed(method):
+ACCUMULATED = ["recipe.forward_batch=12"]
+
+
+@pytest.mark.parametrize("method, settings", [(m, []) for m in METHODS] + [("serene", ACCUMULATED)])
+def test_counted_is_executed(method, settings):
     """To the unit: forwards, backwards, passes for sensitivities, evaluations of thresholds."""
-    spec = narrow(method, arguments=METHODS[method])
+    spec = narrow(method, *settings, arguments=METHODS[method])
     with restored(), numerics("float32"):
         work = assemble(spec, torch.device("cpu"), None, PLAIN)
         loop = Loop(work, spec.suite.recipe, spec.seed)

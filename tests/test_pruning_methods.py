@@ -7,13 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_together import own, together  # noqa: F401 — `own` is a fixture
-from trials import NARROW, SMALL, assert_same_results, keep_tuning, results, run
+from trials import NARROW, SMALL, assert_same_results, keep_tuning, render, results, run
 
 from harness import load_results
 from harness.errors import UserError
+from harness.report.model import load_report
 from harness.run.executors import Inline, Ray
 from harness.run.preflight import preflight
 from harness.run.trials import specs
+from harness.storage.frames import stores_named
 from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite.parts import build_model
@@ -43,9 +45,9 @@ def trial(method, *settings, arguments=None, seed=0, suite="digits-pruning"):
     return spec
 
 
-def narrow(method, **more):
+def narrow(method, *settings, **more):
     width = "model.arguments={blocks=1, width=6, channels=1, classes=10}"
-    return trial(method, width, **more)
+    return trial(method, width, *settings, **more)
 
 
 def stored(spec, root):
@@ -63,6 +65,26 @@ def recorded(root):
     columns = ["trial", "epoch", "name", "layer"]
     rows = load_results("digits-pruning", root=str(root)).measures.sort_values(columns)
     return rows.reset_index(drop=True)
+
+
+def test_resumed_while_shrinking_by_schedule_and_after(tmp_path):
+    spec = narrow("serene", arguments="lam=0.01, sparsity=0.5, end=0.6")
+    run(spec, tmp_path / "through")
+    for stop in (2, 4):
+        run(spec, tmp_path / str(stop), epochs=stop)
+        assert stored(spec, tmp_path / str(stop))["method"]["active"] == (stop == 2)
+        run(spec, tmp_path / str(stop))
+        assert_same_results(spec, tmp_path / "through", tmp_path / str(stop))
+
+
+def test_resumed_right_after_rewinding(tmp_path):
+    """Also where early weights and pruning fall on the same epoch."""
+    spec = narrow("lottery", arguments="sparsity=0.8, at=0.4, rewind=0.39")
+    run(spec, tmp_path / "through")
+    run(spec, tmp_path / "stopped", epochs=2)
+    assert not stored(spec, tmp_path / "stopped")["optimizer"]["state"]
+    run(spec, tmp_path / "stopped")
+    assert_same_results(spec, tmp_path / "through", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -145,7 +167,12 @@ def test_what_is_recorded(tmp_path):
     assert conv["forward_flops_effective"][-1] == round(share * dense)
     epochs = pd.DataFrame(pq.read_table(tmp_path / "digits-pruning" / "epochs").to_pandas())
     assert epochs["effective_parameters"].tolist() == whole["parameters_left"]
-    assert whole["forward_flops_effective"][-1] < int(epochs["forward_flops"][0]) / 200
+    dense = epochs["forward_flops"][0] // epochs["samples"][0]
+    assert whole["forward_flops_nonzero"][-1] < whole["forward_flops_effective"][-1] <= dense
+    by_layer = load_results("digits-pruning", root=str(tmp_path)).measures
+    last = by_layer[(by_layer["epoch"] == 4) & by_layer["layer"].notna()]
+    each = last[last["name"] == "forward_flops_effective"]["value"].sum()
+    assert whole["forward_flops_effective"][-1] == each
     assert whole["threshold"] == sorted(whole["threshold"])
     smallest = min(float(w[w != 0].abs().min()) for w in prunable)
     assert smallest > 0
@@ -225,6 +252,9 @@ WRONG = [
     ("lobster", "pwe=5", "no plateau can come within 5 epochs"),
     ("lobster", "pwe=1, evaluations=1", "greater than or equal to 2"),
     ("serene", "positions='max'", "'sum' or 'mean'"),
+    ("gradual", "sparsity=0.9999, units='neurons'", "leaves 0 of .* neurons, and 7 layers need"),
+    ("lottery", "sparsity=0.5, at=1.0", "at: of 5 epochs none would be left to train"),
+    ("smaller", "arguments={classes=5}", "label"),
     ("smaller", "arguments={}", "at least 1 item|must not be empty"),
     ("smaller", "arguments={width=0}", "conv1.weight has no elements; widths must be 1 or more"),
     ("smaller", "arguments={widht=3}", "methods.smaller: the model with .*widht"),
@@ -239,14 +269,22 @@ def test_wrong_choices(method, arguments, message):
 
 
 def test_methods_at_plateaus_need_validation_images():
+    preflight([trial("lobster", "data.validation_size=0", arguments="sparsity=0.5")])
     with pytest.raises(UserError, match="validation_size"):
         preflight([trial("lobster", "data.validation_size=0")])
 
 
 def test_a_layer_is_never_emptied(tmp_path):
-    spec = narrow("one-shot", arguments="sparsity=0.9999, at=0.4")
-    (*_, last) = run(spec, tmp_path)
-    assert isinstance(last, Failure)
-    assert last.reason.startswith(
-        "sparsity 0.9999 would leave 'layer1.0.conv1' without a weight; lower it"
-    )
+    """What would leave it without a weight is refused and named; what was pruned before stays."""
+    spec = narrow("gradual", arguments="sparsity=0.999, begin=0.2, end=0.8, shape='linear'")
+    run(spec, tmp_path)
+    left = measures(tmp_path)["parameters_left"]
+    assert left[0] > left[1] > left[2] == left[4]
+    rows = load_results("digits-pruning", root=str(tmp_path)).measures
+    emptied = rows[rows["name"] == "would_empty"]
+    assert set(emptied["epoch"]) == {3, 4}
+    assert emptied["layer"].nunique() == 1
+    for name, mask in stored(spec, tmp_path)["method"]["masks"].items():
+        assert mask.any(), name
+    (table,) = load_report(stores_named([str(tmp_path)], str(tmp_path))).groups
+    assert "gradual: pruned less than asked" in " ".join(render([table], 160).split())

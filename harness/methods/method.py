@@ -92,7 +92,7 @@ class Method:
     def measures(self) -> Measures:
         """What the method records of the epoch, as rows of the table `measures`.
 
-        Keys are names, or (name, layer) for one layer; no name may be a column of another table.
+        Keys are names, or (name, layer) for one layer; no name may be a column of `epochs`.
         """
         return {}
 

@@ -2,14 +2,13 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from harness.errors import UserError
 from harness.methods.method import Measures, Method
 from harness.methods.training import Training
 from harness.suite.pruning_specs import (
@@ -22,10 +21,13 @@ from harness.suite.pruning_specs import (
     ShrinkSpec,
 )
 from neq.pruning import (
+    EmptiedLayerError,
     MagnitudePruner,
     Masks,
     NeuronSensitivity,
+    NoClassesError,
     Plateau,
+    Schedule,
     Shrink,
     Size,
     psp_entropy,
@@ -75,7 +77,7 @@ class Sized(Method):
         batches = training.validation_batches()
         try:
             entropy = psp_entropy(training.model, batches, exclude=training.exclude)
-        except ValueError:  # labels of pixels, several labels of a sample, several outputs
+        except NoClassesError:  # labels of pixels, several labels of a sample, several outputs
             return {}
         found: _Found = {("psp_entropy", name): entropy.layer(name) for name in entropy.by_class}
         return found | {"psp_entropy": entropy.mean()}
@@ -97,17 +99,19 @@ class Pruning(Sized):
     """Shrinks and prunes as `spec` says."""
 
     def __init__(self, training: Training, spec: PruningSpec) -> None:
+        model, optimizer, epochs = training.model, training.optimizer, training.epochs
         # Classes must stay; but single weights of a head may go.
         whole = training.exclude if spec.units == "neurons" else training.costs.uncalled
-        self.pruner = MagnitudePruner(
-            training.model, training.optimizer, units=spec.units, exclude=whole
-        )
+        self._sensitivity = _sensitivity(spec, model, whole)
+        self._shrink = _shrink(spec, training, self._sensitivity, whole)
+        self.pruner = MagnitudePruner(model, optimizer, units=spec.units, exclude=whole)
         super().__init__(training, self.pruner.masks)
         self._spec = spec
-        self._schedule = spec.schedule(training.epochs)
-        self._plateau = _plateau(spec, training.epochs)
-        self._sensitivity = _sensitivity(spec, training)
-        self._shrink = _shrink(spec, training, self._sensitivity)
+        self._schedule = spec.schedule(epochs)
+        if self._schedule is not None:
+            _check_sparsity(self._schedule.sparsity, self.pruner)
+        self._rewind = _rewind(spec, self._schedule, epochs)
+        self._plateau = _plateau(spec, epochs)
         self._classes = 1
         self._shrunk = False
         self._threshold: float | None = None
@@ -149,6 +153,12 @@ class Pruning(Sized):
         """With a schedule shrinking ends with it: what is left has the other epochs to recover."""
         if self._shrink is not None and self._schedule is not None:
             self._shrink.active = done < self._schedule.end
+            self._record()
+
+    def _record(self) -> None:
+        """Whether forwards are recorded: while there is somebody to ask for it."""
+        if self._sensitivity is not None and self._shrink is not None:
+            self._sensitivity.recording = self._shrink.active
 
     def _evaluate(self) -> float:
         self._evaluations += 1
@@ -164,25 +174,27 @@ class Pruning(Sized):
             best.keep()
         if reached and best.state_dict():
             best.bring_back()
+            self.masks.apply()  # they may be of before the last pruning, if the loss was not finite
             found = self.pruner.bisect(self._evaluate, spec.twt, spec.evaluations)
-            self._threshold = found.threshold
+            self._threshold = found.threshold or self._threshold
             self._would_empty = found.emptied
 
     def _prune_to(self, sparsity: float, epoch: int) -> None:
         random = isinstance(self._spec, RandomPruningSpec)
         stream = self.training.generator("random pruning", epoch) if random else None
         try:
-            self._threshold = self.pruner.prune(sparsity, stream)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if isinstance(self._spec, LotterySpec):
+            threshold = self.pruner.prune(sparsity, stream)
+        except EmptiedLayerError as error:  # what was pruned before stays
+            self._would_empty = error.layer
+            return
+        self._threshold = None if random else threshold
+        if self._rewind is not None:
             self.pruner.rewind(self._early)
             self._early = {}
 
     def _keep_early(self, done: int) -> None:
         """The weights that the survivors of a lottery go back to."""
-        spec = self._spec
-        if isinstance(spec, LotterySpec) and done == round(spec.rewind * self.training.epochs):
+        if done == self._rewind:
             self._early = copy.deepcopy(dict(self.training.model.state_dict()))
 
     def flops(self, usual: Mapping[str, int]) -> Mapping[str, int | None]:
@@ -223,6 +235,7 @@ class Pruning(Sized):
             self._plateau.load_state_dict(state["plateau"])
         if self._shrink is not None:
             self._shrink.active = state["active"]
+            self._record()
         self._threshold, self._evaluations = state["threshold"], state["evaluations"]
         self._would_empty, self._early = state["would_empty"], dict(state["early"])
 
@@ -238,8 +251,31 @@ def _plateau(spec: PruningSpec, epochs: int) -> Plateau | None:
     return Plateau(spec.pwe)
 
 
-def _sensitivity(spec: PruningSpec, training: Training) -> NeuronSensitivity | None:
-    model, exclude = training.model, training.costs.uncalled
+def _check_sparsity(sparsity: float, pruner: MagnitudePruner) -> None:
+    units = pruner.count
+    left, layers = units - round(sparsity * units), len(pruner.masks.layers)
+    if left < layers:
+        raise ValueError(
+            f"sparsity {sparsity:g} leaves {left} of {units} {pruner.units}, and {layers} layers "
+            "need one each; lower it"
+        )
+
+
+def _rewind(spec: PruningSpec, schedule: Schedule | None, epochs: int) -> int | None:
+    """After how many epochs the weights are kept that the survivors of a lottery go back to."""
+    if not isinstance(spec, LotterySpec) or schedule is None:
+        return None
+    if schedule.end >= epochs:
+        raise ValueError(
+            f"at: of {epochs} epochs none would be left to train after rewinding; lower it, or "
+            "train longer"
+        )
+    return min(round(spec.rewind * epochs), schedule.end - 1)
+
+
+def _sensitivity(
+    spec: PruningSpec, model: nn.Module, exclude: Iterable[str]
+) -> NeuronSensitivity | None:
     if isinstance(spec, SereneSpec):
         return NeuronSensitivity(model, spec.bound, positions=spec.positions, exclude=exclude)
     if isinstance(spec, SereneLocalSpec):
@@ -248,11 +284,14 @@ def _sensitivity(spec: PruningSpec, training: Training) -> NeuronSensitivity | N
 
 
 def _shrink(
-    spec: PruningSpec, training: Training, neurons: NeuronSensitivity | None
+    spec: PruningSpec,
+    training: Training,
+    neurons: NeuronSensitivity | None,
+    exclude: Iterable[str],
 ) -> Shrink | None:
     if not isinstance(spec, ShrinkSpec):
         return None
     by_gradient: Literal["gradient", "none"]
     by_gradient = "gradient" if isinstance(spec, LobsterSpec) else "none"
-    sensitivity, exclude = neurons or by_gradient, training.costs.uncalled
+    sensitivity = neurons or by_gradient
     return Shrink(training.model, training.optimizer, sensitivity, spec.lam, exclude=exclude)

@@ -55,8 +55,7 @@ class Training:
     its neurons. `epochs`: of the whole training; `samples`: how many there are of "train" (in an
     epoch) and "validation", of all workers together. `timings`: of backward kernels. `best`: a
     place for the best weights. `validation_batches()`: (inputs, targets) of this worker's share of
-    the validation samples;
-    `validation_loss()`: what `evaluate` returns, not counted.
+    the validation samples; `validation_loss()`: what `evaluate` returns, not counted.
     """
 
     model: nn.Module

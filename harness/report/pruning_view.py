@@ -30,6 +30,10 @@ NOTHING = (
     "{labels}: nothing was pruned; no plateau of the validation loss came, or no threshold was "
     "within the tolerance: lower pwe, raise twt, or train longer."
 )
+STOPPED = (
+    "{labels}: pruned less than asked, since a layer would have been left without a weight "
+    "(would_empty)."
+)
 UNKNOWN = "{labels}: no entropy, since a class had no validation samples."
 
 
@@ -37,9 +41,11 @@ def pruned(table: GroupTable) -> Table:
     """The table of the group's methods that prune."""
     rows = [row for row in table.methods if row.prunes]
     lacking = [row.label for row in rows if _lacks_entropy(row)]
-    unknown = [UNKNOWN.format(labels=", ".join(lacking))] if lacking else []
+    said = [UNKNOWN.format(labels=", ".join(lacking))] if lacking else []
     never = [row.label for row in rows if _pruned_nothing(row)]
-    unknown += [NOTHING.format(labels=", ".join(never))] if never else []
+    said += [NOTHING.format(labels=", ".join(never))] if never else []
+    short = [row.label for row in rows if any(m.name == "would_empty" for m in row.measures)]
+    said += [STOPPED.format(labels=", ".join(short))] if short else []
     return Table(
         title="Pruned",
         columns=[
@@ -56,7 +62,7 @@ def pruned(table: GroupTable) -> Table:
             Column("verdict", text=True),
         ],
         rows=[_row(row) for row in rows],
-        notes=[LEFT, ENTROPY, *unknown, COST.format(metric=table.metric), APART],
+        notes=[LEFT, ENTROPY, *said, COST.format(metric=table.metric), APART],
     )
 
 

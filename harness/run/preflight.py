@@ -50,6 +50,9 @@ def preflight(trials: Sequence[TrialSpec]) -> Dataset:
         task = build_task(suite, folder)
         check_outputs(suite, task, model, samples, data.labels())
         check_methods(trials, model, costs)
+        for trial in _changing(trials):
+            other, _ = _other_model(trial)
+            check_outputs(suite, task, other, samples, data.labels())
         if suite.resources.world_size > 1:
             check_gradients(suite, task, model, samples)
     return data
@@ -90,6 +93,12 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
             raise UserError(f"suite {suite.name}: {error}") from None
 
 
+def _changing(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
+    """One trial for each method that trains another model than the suite's."""
+    each = {trial.method: trial for trial in trials}.values()
+    return [trial for trial in each if trial.method_spec.model_changes]
+
+
 def _other_model(trial: TrialSpec) -> tuple[nn.Module, Costs]:
     """The model that the method wants otherwise than the suite; raises UserError where its
     arguments build none, or one with a layer of no neurons.
@@ -100,6 +109,7 @@ def _other_model(trial: TrialSpec) -> tuple[nn.Module, Costs]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, on tensors without elements
             model = parts.build_model(parts_.build, trial.folder, parts_.arguments)
+        weights.load_weights(model, parts_)
         empty = [name for name, p in model.named_parameters() if p.numel() == 0]
         if empty:
             raise UserError(f"{empty[0]} has no elements; widths must be 1 or more")

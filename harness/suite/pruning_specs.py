@@ -154,7 +154,6 @@ class ShrinkSpec(PruningSpec):
     end: Share | None = None
     shape: Shape | None = None
     prunings: Annotated[int, Field(ge=1, strict=True)] | None = None
-    needs_validation: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -173,6 +172,11 @@ class ShrinkSpec(PruningSpec):
         if self.begin is not None and self.end is not None:
             _check_order(self.begin, self.end)
         return self
+
+    @property
+    def needs_validation(self) -> bool:
+        """See Spec: at plateaus it does."""
+        return self.sparsity is None
 
     def schedule(self, epochs: int) -> "Schedule | None":
         """See PruningSpec."""

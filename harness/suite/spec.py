@@ -9,15 +9,19 @@ class Spec(BaseModel):
     """The parameters of a method.
 
     `is_baseline`: all others are compared with it. `in_question`: the report answers for it, as it
-    does not for controls. `needs_validation`: it decides on validation images. `foreign`: it comes
-    from a user's own code, which is tried out before the first trial.
+    does not for controls. `foreign`: it comes from a user's own code, which is tried out before the
+    first trial.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     is_baseline: ClassVar[bool] = False
     in_question: ClassVar[bool] = False
-    needs_validation: ClassVar[bool] = False
     foreign: ClassVar[bool] = False
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether it decides on validation images."""
+        return False
 
     @property
     def work(self) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Pruning for an ordinary PyTorch training loop: SeReNe, LOBSTER, magnitudes, PSP-entropy."""
 
-from neq.pruning.entropy import PSPEntropy, psp_entropy
-from neq.pruning.magnitude import Bisection, MagnitudePruner
+from neq.pruning.entropy import NoClassesError, PSPEntropy, psp_entropy
+from neq.pruning.magnitude import Bisection, EmptiedLayerError, MagnitudePruner
 from neq.pruning.masks import Masks, Size, prunable
 from neq.pruning.schedules import Plateau, Schedule
 from neq.pruning.sensitivity import (
@@ -14,9 +14,11 @@ from neq.pruning.shrink import Shrink
 
 __all__ = [
     "Bisection",
+    "EmptiedLayerError",
     "MagnitudePruner",
     "Masks",
     "NeuronSensitivity",
+    "NoClassesError",
     "PSPEntropy",
     "Plateau",
     "Preactivations",

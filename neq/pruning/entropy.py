@@ -12,12 +12,16 @@ from torch.nn import functional
 
 from neq.evaluation import arguments, evaluation, inputs_of, state_of
 from neq.neurons import Layer, unwrapped
-from neq.parallel import add_up
+from neq.parallel import add_up, largest
 from neq.pruning.masks import prunable, weight
 
 Granularity = Literal["channel", "unit"]
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LOWEST, HIGHEST = 1e-4, 0.9999  # of a share: a neuron that is always on has some entropy
+
+
+class NoClassesError(ValueError):
+    """Samples, or outputs of the model, have no classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,9 @@ def psp_entropy(
 
     `batches`: (inputs, labels int64 [samples]) each, of this process: sums are added up over all
     processes of torch.distributed. `exclude`: layers to leave out, such as the head. The model,
-    which must return logits [samples, classes], is left as it was. Raises ValueError for other
-    labels or outputs, and without a sample.
+    which must return logits [samples, classes], is left as it was. Raises
+    NoClassesError, a ValueError, for other kinds of labels or outputs, and ValueError where they do
+    not fit, and without a sample. In several processes one may have none.
     """
     if granularity not in ("channel", "unit"):
         raise ValueError(f"granularity must be 'channel' or 'unit', got {granularity!r}")
@@ -89,7 +94,7 @@ def psp_entropy(
 def _labels(batch: Any, device: torch.device) -> Tensor:
     labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError("the entropy by class needs batches (inputs, labels int64 [samples])")
+        raise NoClassesError("the entropy by class needs batches (inputs, labels int64 [samples])")
     return labels.to(device)
 
 
@@ -146,7 +151,7 @@ class _Counter:
     def take(self, outputs: Any, labels: Tensor) -> None:
         """Count in one forward, which gave `outputs`, on samples with these labels."""
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-            raise ValueError("the entropy by class needs a model that returns logits [n, classes]")
+            raise NoClassesError("the entropy by class needs a model with logits [n, classes]")
         if len(outputs) != len(labels):
             raise ValueError(f"{len(labels)} labels for {len(outputs)} outputs: one each is needed")
         self._classes = outputs.shape[1]
@@ -170,13 +175,25 @@ class _Counter:
                 f"{[samples, units]} were expected; exclude it"
             )
 
+    def _agree(self) -> None:
+        """Give a process without samples zeros of the others' shapes, before sums are added up."""
+        units = [self._on[n].shape[1] if n in self._on else 0 for n in self._layers]
+        device = next(self._model.parameters()).device
+        self._classes, *units = largest(torch.tensor([self._classes, *units], device=device))
+        if not self._classes:
+            raise ValueError("the entropy needs at least one sample")
+        for name, count in zip(self._layers, units, strict=True):
+            if count and name not in self._on:
+                zeros = torch.zeros(self._classes, count, dtype=torch.float64, device=device)
+                self._on[name], self._samples[name] = zeros, zeros[:, 0].clone()
+
     def result(self) -> PSPEntropy:
         """The entropies, of all processes' samples."""
-        if not self._classes:
-            raise ValueError("the entropy needs at least one sample in each process")
+        self._agree()
         by_class, survivors = {}, {}
         missing = torch.zeros(self._classes, dtype=torch.bool)
-        for name, on in self._on.items():
+        for name in (name for name in self._layers if name in self._on):
+            on = self._on[name]
             on, samples = add_up(on.contiguous()), add_up(self._samples[name].contiguous())
             share = (on / samples[:, None]).clamp(LOWEST, HIGHEST)  # 0 / 0 stays NaN
             by_class[name] = -(share * share.log2() + (1 - share) * (1 - share).log2()).cpu()

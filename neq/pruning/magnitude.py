@@ -30,14 +30,25 @@ class Bisection:
     emptied: str | None
 
 
+class EmptiedLayerError(ValueError):
+    """A threshold would leave `layer` without a weight."""
+
+    def __init__(self, layer: str, sparsity: float) -> None:
+        super().__init__(
+            f"sparsity {sparsity:g} would leave {layer!r} without a weight; lower it (everything "
+            "stays as it was)"
+        )
+        self.layer = layer
+
+
 class MagnitudePruner:
     """Prunes `model`, whose pruned weights then stay zero under `optimizer`, by one threshold for
     all layers.
 
     `units`: "weights", or "neurons", whose magnitude is the root mean square of their row. Norms
     and biases are neither measured nor pruned. `exclude`: layers to leave whole; a head's neurons,
-    which are the classes. `masks`: what is left. No layer is ever emptied: raises ValueError,
-    naming it, and leaves everything as it was.
+    which are the classes. `masks`: what is left. No layer is ever emptied: raises
+    EmptiedLayerError, a ValueError that names it, and leaves everything as it was.
     """
 
     def __init__(
@@ -55,6 +66,11 @@ class MagnitudePruner:
         self._model, self._optimizer = model, optimizer
 
     @property
+    def count(self) -> int:
+        """How many units there are, pruned or not."""
+        return len(self._kept())
+
+    @property
     def sparsity(self) -> float:
         """The share of units that is pruned."""
         kept = self._kept()
@@ -67,7 +83,8 @@ class MagnitudePruner:
 
         `generator`: a random stream of the CPU that draws units in the place of magnitudes, the
         control. What is pruned stays so: a sparsity that is reached already changes nothing.
-        Raises ValueError for one that is not from 0 to below 1, or that would empty a layer.
+        Raises ValueError for one that is not from 0 to below 1, EmptiedLayerError for one that
+        would leave a layer without a weight.
         """
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
@@ -80,10 +97,7 @@ class MagnitudePruner:
         chosen[order[: round(sparsity * len(order))]] = False
         emptied = self._emptied(chosen)
         if emptied is not None:
-            raise ValueError(
-                f"sparsity {sparsity:g} would leave {emptied!r} without a weight; lower it "
-                "(everything stays as it was)"
-            )
+            raise EmptiedLayerError(emptied, sparsity)
         self.masks.set(self._spread(chosen))
         return float(magnitudes[chosen].min())
 

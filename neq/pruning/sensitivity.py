@@ -41,8 +41,8 @@ class Call:
 class Preactivations:
     """Records, in each forward of `model` with gradients, the calls of its prunable layers.
 
-    `calls`: those of the last forward; they keep its graph alive until `clear`. `values`: whether
-    outputs are summed up, which sensitivities of kind "local" need.
+    `calls`: those of the last forward; they keep its graph alive until `clear`. `recording`: set it
+    to False to pause. `values`: whether outputs are summed up, which kind "local" needs.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Preactivations:
     ) -> None:
         self.layers = {layer.name: layer for layer in prunable(model, exclude)}
         self.calls: list[Call] = []
+        self.recording = True
         self._values = values
         root = unwrapped(model)
         self._handles = [root.register_forward_pre_hook(lambda *_: self.clear())]
@@ -58,7 +59,7 @@ class Preactivations:
 
     def _hook(self, layer: Layer) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
+            if not (self.recording and torch.is_grad_enabled()):
                 return None
             # A view that is changed in place gets a new place in the graph: no edge would lead to
             # the old one.
@@ -197,6 +198,15 @@ class NeuronSensitivity:
         """Forget what was added."""
         self._samples = 0
         self._totals: dict[str, Tensor] = {}
+
+    @property
+    def recording(self) -> bool:
+        """Whether forwards are recorded, which costs something; False: nothing can be added."""
+        return self._recorded.recording
+
+    @recording.setter
+    def recording(self, value: bool) -> None:
+        self._recorded.recording = value
 
     def add(self, logits: Tensor) -> None:
         """Count in the samples of the last forward; its graph must be alive."""

@@ -20,11 +20,12 @@ class Shrink:
     steps. Biases and norms are left alone, and so are weights without a gradient. `exclude`: layers
     to leave out; `active`: whether it shrinks at all.
 
-    It hooks the optimizer's step (without a closure), so that a training loop stays as it is; a
-    step that a GradScaler skips shrinks nothing. Where gradients are clipped, or a GradScaler may
-    skip a step of which the NeuronSensitivity has samples, call `read` in each step, after
-    unscaling and before clipping. Raises ValueError for `lam` below 0 or from 1 on, and for a
-    NeuronSensitivity that leaves out layers which shrink.
+    Make it before what prunes, so that pruned weights are zeroed last. It hooks the optimizer's
+    step (without a closure), so that a training loop stays as it is; a step that a GradScaler skips
+    shrinks nothing. Where gradients are clipped, or a GradScaler may skip a step of which the
+    NeuronSensitivity has samples, call `read` in each step, after unscaling and before clipping.
+    Raises ValueError for `lam` below 0 or from 1 on, and for a NeuronSensitivity that leaves out
+    layers which shrink.
     """
 
     def __init__(
