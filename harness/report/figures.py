@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -180,7 +180,7 @@ def _sparsity(table: GroupTable, of: GroupLabel) -> Picture:
     figure = Figure(figsize=(WIDTH, 3.8))
     axis: Axes = figure.subplots()
     marks = _left(table)
-    margin = _marks(axis, table, marks)
+    margin = _marks(axis, table, marks, name=_without_sparsity)
     axis.set_xscale("log")
     places = [left for _, left in marks]
     axis.set_xlim(min(places) / 3, 1.25 * max(places))  # wide enough for two labels, mostly
@@ -198,10 +198,32 @@ def _sparsity(table: GroupTable, of: GroupLabel) -> Picture:
     return of.picture("sparsity", caption, figure)
 
 
-def _marks(axis: Axes, table: GroupTable, rows: list[tuple[MethodRow, float]]) -> str:
-    """Draw the metric of each row at its place, and the baseline's; what to say of the latter."""
-    look = _looks(table.methods)
+def _without_sparsity(row: MethodRow) -> str:
+    """What a method is called at whatever sparsity: these make one line."""
+    return " ".join(word for word in row.label.split(" ") if not word.startswith("sparsity="))
+
+
+def _by_label(row: MethodRow) -> str:
+    return row.label
+
+
+def _marks(
+    axis: Axes,
+    table: GroupTable,
+    rows: list[tuple[MethodRow, float]],
+    name: Callable[[MethodRow], str] = _by_label,
+) -> str:
+    """Draw the metric of each row at its place, and the baseline's; what to say of the latter.
+
+    Rows of one `name` look alike, and a line joins them.
+    """
+    plain = {name(row) for row in table.methods if row.plain}
+    look = looks(list(dict.fromkeys(map(name, table.methods))), plain)
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row, at in rows:
+        label = name(row)
+        again = label in lines
+        lines.setdefault(label, []).append((at, 100 * row.quality.metric_mean))
         low = row.quality.metric_mean if row.quality.metric_low is None else row.quality.metric_low
         high = (
             row.quality.metric_mean if row.quality.metric_high is None else row.quality.metric_high
@@ -213,15 +235,18 @@ def _marks(axis: Axes, table: GroupTable, rows: list[tuple[MethodRow, float]]) -
                 [100 * (row.quality.metric_mean - low)],
                 [100 * (high - row.quality.metric_mean)],
             ],
-            fmt=look[row.label].marker,
-            color=look[row.label].colour,
+            fmt=look[label].marker,
+            color=look[label].colour,
             capsize=3,
-            label=row.label,
+            label="" if again else label,
         )
-    plain = next((row for row in _shown(table) if row.plain), None)
-    if plain is None:
+    for label, points in lines.items():
+        if len(points) > 1:
+            axis.plot(*zip(*sorted(points), strict=True), color=look[label].colour, linewidth=0.8)
+    baseline = next((row for row in _shown(table) if row.plain), None)
+    if baseline is None:
         return ""
-    level = 100 * plain.quality.metric_mean
+    level = 100 * baseline.quality.metric_mean
     axis.axhline(level, color=BASELINE, linewidth=0.8)
     axis.axhline(level - table.margin, color=BASELINE, linewidth=0.8, linestyle=":")
     return f"; dotted: the baseline's less the margin of {table.margin:g} points"
