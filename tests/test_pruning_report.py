@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 from trials import render, row_of, toy
 
-from harness.report.figures import pictures
+from harness.report.figures import _sparsity, pictures
 from harness.report.forms import FORMS, to_csv
 from harness.report.method_row import Pruned
 from harness.report.model import load_report
 from harness.report.pruning_view import pruned
 from harness.report.sections import sections
+from harness.report.style import GroupLabel
 from harness.report.terminal import print_table
 from harness.storage.schema import EpochRecord, identified
 from harness.storage.store import Store
@@ -201,6 +202,24 @@ def test_freezing_and_pruning_stand_apart(reported):
     assert levels == pytest.approx([91.0, 90.5])
     assert drawn["sparsity"].caption.endswith("less the margin of 0.5 points.")
     assert {"seconds", "epochs"} <= set(drawn)
+
+
+def test_sparsities_of_one_method_make_one_line(reported):
+    (table,) = reported(BASELINE, OWN).groups
+    plain, row = table.methods
+    rows = [
+        replace(
+            row,
+            label=f"gradual sparsity={sparsity}",
+            pruned=replace(row.pruned, parameters_left_share=1 - sparsity),
+        )
+        for sparsity in (0.9, 0.5, 0.8)
+    ]
+    changed = replace(table, methods=[plain, *rows, row])
+    axis = _sparsity(changed, GroupLabel("group", "name", "suite")).figure.axes[0]
+    assert axis.get_legend_handles_labels()[1] == ["gradual", "pruner"]
+    joined = [list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 3]
+    assert joined == [pytest.approx([10, 20, 50])]
 
 
 def test_figures_of_one_kind_alone(reported):
