@@ -151,7 +151,9 @@ class _Counter:
     def take(self, outputs: Any, labels: Tensor) -> None:
         """Count in one forward, which gave `outputs`, on samples with these labels."""
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-            raise NoClassesError("the entropy by class needs a model with logits [n, classes]")
+            raise NoClassesError(
+                "the entropy by class needs a model that returns logits [n, classes]"
+            )
         if len(outputs) != len(labels):
             raise ValueError(f"{len(labels)} labels for {len(outputs)} outputs: one each is needed")
         self._classes = outputs.shape[1]
