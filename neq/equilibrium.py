@@ -6,8 +6,8 @@ run on each batch and per-neuron sums are accumulated in float64.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from neq.evaluation import State, arguments, evaluation, inputs_of, state_of
+from neq.evaluation import Hook, State, arguments, evaluation, hooked, inputs_of, state_of
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
 
@@ -110,18 +110,10 @@ class _OutputSums:
         self._count: dict[str, int] = defaultdict(int)
         self._unmatched: set[str] = set()
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = [
-            layer.module.register_forward_hook(self._hook(layer)) for layer in self.neurons.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def hooks(self) -> AbstractContextManager[None]:
+        return hooked((layer.module, self._hook(layer)) for layer in self.neurons.layers)
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _hook(self, layer: Layer) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             # An in-place activation overwrites the output next: copy or reduce at once.
             if self.recording:

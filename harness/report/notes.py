@@ -8,10 +8,10 @@ import pandas as pd
 
 from harness.report.intervals import FEWEST
 from harness.report.method_row import MethodRow
-from harness.report.phases import PLATEAU, follows_loss, recipe_of
+from harness.report.phases import follows_loss, recipe_of
 from harness.report.words import counted
 from harness.storage.provenance import is_commit
-from harness.suite.config import MARGIN
+from harness.suite.config import MARGIN, PLATEAU
 
 FOLLOWS = (
     f"The learning rate follows the validation loss ({PLATEAU}): it differs by method and seed, so "

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-PLATEAU = "ReduceLROnPlateau"  # the scheduler whose rate is each trial's own
+from harness.suite.config import PLATEAU
+
 MOST = 6  # phases; a schedule with more drops is a smooth one, and is cut into thirds
 
 

@@ -50,9 +50,10 @@ def preflight(trials: Sequence[TrialSpec]) -> Dataset:
         task = build_task(suite, folder)
         check_outputs(suite, task, model, samples, data.labels())
         check_methods(trials, model, costs)
-        for trial in _changing(trials):
-            other, _ = _other_model(trial)
-            check_outputs(suite, task, other, samples, data.labels())
+        for trial in _each_method(trials):
+            if trial.method_spec.model_changes:
+                other, _ = _other_model(trial)
+                check_outputs(suite, task, other, samples, data.labels())
         if suite.resources.world_size > 1:
             check_gradients(suite, task, model, samples)
     return data
@@ -77,7 +78,7 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
     """Raises UserError where a method, the optimizer or the schedule does not fit the model, and
     for what is wrong in a method of the user's own.
     """
-    for trial in {trial.method: trial for trial in trials}.values():
+    for trial in _each_method(trials):
         suite = trial.trained_suite
         check_followed(suite)
         try:
@@ -93,10 +94,9 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
             raise UserError(f"suite {suite.name}: {error}") from None
 
 
-def _changing(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
-    """One trial for each method that trains another model than the suite's."""
-    each = {trial.method: trial for trial in trials}.values()
-    return [trial for trial in each if trial.method_spec.model_changes]
+def _each_method(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
+    """One trial of each method."""
+    return list({trial.method: trial for trial in trials}.values())
 
 
 def _other_model(trial: TrialSpec) -> tuple[nn.Module, Costs]:

@@ -13,6 +13,7 @@ from harness.suite.method_specs import MethodSpec, with_kinds
 
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
 NUMERICS = 3
+PLATEAU = "ReduceLROnPlateau"  # the scheduler that follows the validation loss, once an epoch
 MARGIN = 0.5  # percentage points, where a suite states none
 
 Count = Annotated[int, Field(gt=0, strict=True)]

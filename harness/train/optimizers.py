@@ -13,7 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from harness.errors import UserError
-from harness.suite.config import Recipe, Suite, TorchClass
+from harness.suite.config import PLATEAU, Recipe, Suite, TorchClass
 
 # Schedulers that can step with every iteration, for all their arguments of time are among these.
 COUNTED = (
@@ -21,7 +21,6 @@ COUNTED = (
     *("StepLR", "MultiStepLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"),
 )
 COUNTS = ("total_iters", "T_max", "T_0", "step_size", "milestones")
-PLATEAU = "ReduceLROnPlateau"  # which steps once an epoch, on the validation loss
 PLATEAU_NUMBERS = ("factor", "patience", "threshold", "cooldown", "min_lr", "eps")
 
 

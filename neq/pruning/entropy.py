@@ -1,7 +1,7 @@
 """PSP-entropy: how far a neuron's being on or off follows from the class (arXiv 2004.14765)."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from neq.evaluation import arguments, evaluation, inputs_of, state_of
+from neq.evaluation import Hook, arguments, evaluation, hooked, inputs_of, state_of
 from neq.neurons import Layer, unwrapped
 from neq.parallel import add_up, largest
 from neq.pruning.masks import prunable, weight
@@ -111,20 +111,12 @@ class _Counter:
         self._samples: dict[str, Tensor] = {}
         self._classes = 0
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = [
-            layer.module.register_forward_hook(self._hook(layer)) for layer in self._layers.values()
-        ]
+    def hooks(self) -> AbstractContextManager[None]:
+        layers = [(layer.module, self._hook(layer)) for layer in self._layers.values()]
         norms = (module for module in self._model.modules() if isinstance(module, NORMS))
-        handles += [norm.register_forward_hook(self._normalised) for norm in norms]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked([*layers, *((norm, self._normalised) for norm in norms)])
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _hook(self, layer: Layer) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             # At once: an activation may change the output in place.
             calls = self._positive.setdefault(layer.name, [])

@@ -154,14 +154,18 @@ class MagnitudePruner:
 
     def _spread(self, units: Tensor) -> dict[str, Tensor]:
         """Masks of weights, from one of units."""
-        found, start = {}, 0
-        for name, kept in self.masks.kept.items():
-            count = kept.numel() if self.units == "weights" else len(kept)
-            part = units[start : start + count]
+        found = {}
+        for name, part in self._by_layer(units).items():
+            kept = self.masks.kept[name]
             rows = part.view([-1, *[1] * (kept.dim() - 1)])
             found[name] = (part.view_as(kept) if self.units == "weights" else rows) & kept
-            start += count
         return found
+
+    def _by_layer(self, units: Tensor) -> dict[str, Tensor]:
+        """The part of each layer in values of all units."""
+        kept = self.masks.kept
+        counts = [mask.numel() if self.units == "weights" else len(mask) for mask in kept.values()]
+        return dict(zip(kept, torch.split(units, counts), strict=True))
 
     def _emptied(self, units: Tensor) -> str | None:
         """A layer without a weight under a mask of units."""
@@ -197,14 +201,9 @@ class _Search:
 
     def _most(self) -> tuple[int, str]:
         """The most units that can go before a layer is empty, and the layer."""
-        largest = {}
-        start = 0
-        for name, kept in self._pruner.masks.kept.items():
-            count = kept.numel() if self._pruner.units == "weights" else len(kept)
-            part = slice(start, start + count)
-            if bool(self._kept[part].any()):
-                largest[name] = self._magnitudes[part][self._kept[part]].max()
-            start += count
+        kept = self._pruner._by_layer(self._kept)
+        magnitudes = self._pruner._by_layer(self._magnitudes)
+        largest = {n: magnitudes[n][mask].max() for n, mask in kept.items() if bool(mask.any())}
         first = min(largest, key=lambda name: float(largest[name]))
         below = torch.searchsorted(self._sorted, largest[first])
         return int(below), first

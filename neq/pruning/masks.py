@@ -1,6 +1,6 @@
 """Weights that are pruned: zero for good, under any of torch's optimizers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +90,11 @@ class Masks:
         for name, mask in kept.items():
             self.kept[name] = mask.to(self.kept[name].device, copy=True)
         part = [name for name, mask in self.kept.items() if not bool(mask.all())]
-        self._bits = [(w, -self.kept[n].to(_INTEGERS[w.element_size()])) for n, w in self._of(part)]
+        self._bits = []
+        for name in part:
+            w = weight(self.layers[name])
+            self._bits.append((w, -self.kept[name].to(_INTEGERS[w.element_size()])))
         self.apply()
-
-    def _of(self, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, weight(self.layers[name])) for name in names)
 
     @torch.no_grad()
     def apply(self) -> None:
