@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -132,28 +133,32 @@ def modules_below(folder: Path, start: Iterable[Path]) -> set[Path]:
 
 def mentions(path: Path, module: str) -> bool:
     """Whether a file imports the module, or something from it."""
-    for node in _nodes(path):
+    for node in _statements(path.read_bytes()):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         if any(f"{name}.".startswith(f"{module}.") for name in names):
             return True
     return False
 
 
-def _nodes(path: Path) -> Iterator[ast.AST]:
+@lru_cache(maxsize=1024)  # every point of a sweep reads the same files
+def _statements(source: bytes) -> list[ast.Import | ast.ImportFrom]:
+    """What a file imports, also inside functions."""
     with suppress(SyntaxError):  # who imports it will say so
-        yield from ast.walk(ast.parse(path.read_bytes()))
+        nodes = ast.walk(ast.parse(source))
+        return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return []
 
 
 def _imported(path: Path, folder: Path) -> Iterator[Path]:
-    for node in _nodes(path):
+    for node in _statements(path.read_bytes()):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _files(folder, alias.name.split("."))
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = path.parents[node.level - 1] if node.level else folder
             module = node.module.split(".") if node.module else []
             for alias in node.names:
