@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -135,17 +134,13 @@ def running_ray(folder, environment, *words):
 @pytest.fixture(scope="session")
 def ray_head():
     """The address of a Ray that lasts as long as this test process: starting one takes seconds."""
+    from trials import wait_for
+
     with (
         tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder,
         running_ray(folder, {}, "--include-dashboard=false") as address,
     ):
-        limit = time.monotonic() + 60
-        while True:
-            with suppress(OSError):
-                ray_cluster.knock(address)
-                break
-            assert time.monotonic() < limit
-            time.sleep(0.1)
+        wait_for(lambda: ray_cluster.knock(address) or True)
         yield address
 
 
@@ -190,7 +185,8 @@ def net() -> Net:
 
 def start_workers(function, arguments, count):
     """`function(rank, *arguments)` in so many processes, which need not import torch again."""
-    get_context("forkserver").set_forkserver_preload(["harness.run.attempt"])
+    modules = ["harness.run.attempt", "torch._dynamo"]  # the latter by the first optimiser
+    get_context("forkserver").set_forkserver_preload(modules)
     multiprocessing.start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 

@@ -5,13 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
-from trials import SMALL, assert_same_results, run
+from trials import PATIENCE, SMALL, assert_same_results, run, wait_for
 
 from harness.run.preflight import preflight
 from harness.run.trials import specs
@@ -177,28 +176,20 @@ def start(*arguments):
     )
 
 
-def wait_for_rows(folder):
-    """Until the first epochs are committed and published."""
-    deadline = time.monotonic() + 60
-    while not list((folder / "epochs").glob("[!.]*.parquet")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path, number):
-    settings = [*SMALL, "recipe.epochs=20"]
-    more = ["--methods", "neq", "--seeds", "0", "--set", "recipe.epochs=20"]
+    settings = [*SMALL, "recipe.epochs=10"]
+    more = ["--methods", "neq", "--seeds", "0", "--set", "recipe.epochs=10"]
     with start(*small(tmp_path / "killed", *more)) as process:
-        wait_for_rows(tmp_path / "killed" / "digits")
+        wait_for(lambda: list((tmp_path / "killed/digits/epochs").glob("[!.]*.parquet")))
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert err.startswith("interrupted; go on with: neqbench run digits --set data.train")
         assert err.count("\n") == 1
         return  # resuming is the same as after a kill
-    assert 1 <= len(pd.read_parquet(tmp_path / "killed" / "digits" / "epochs")) < 20
+    assert 1 <= len(pd.read_parquet(tmp_path / "killed" / "digits" / "epochs")) < 10
     (spec,) = specs("digits", settings, "neq", "0")
     tuning = "digits/tuning"  # measured by the run that was killed
     shutil.copytree(tmp_path / "killed" / tuning, tmp_path / "through" / tuning)
@@ -211,7 +202,7 @@ def test_a_reader_that_goes_away_does_not_stop_a_run(tmp_path):
     with start(*small(tmp_path, "--methods", "baseline,random", "--seeds", "0-1")) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     trials = pd.read_parquet(tmp_path / "digits" / "trials")
     assert trials["state"].tolist() == ["done"] * 4
 

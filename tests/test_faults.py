@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from trials import (
     NARROW,
+    PATIENCE,
     SMALL,
     assert_same_results,
     heed_ctrl_c,
@@ -26,6 +27,7 @@ from trials import (
     run,
     same,
     small,
+    wait_for,
 )
 
 from harness.run.executors import Inline, Ray
@@ -60,13 +62,6 @@ def as_users_have_it():
     return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
 
 
-def wait_for(happened, limit=120):
-    limit += time.monotonic()
-    while not happened():
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-
-
 def epochs(root):
     folder = Path(root) / "digits" / "epochs"
     return sum(len(faults.read(path)) for path in folder.glob("[!.]*.parquet"))
@@ -75,8 +70,8 @@ def epochs(root):
 def test_a_short_campaign(tmp_path, monkeypatch):
     """Workers, nodes and drivers die; `make faults` is the long one."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setattr(faults, "METHODS", "neq,random")
-    found = faults.campaign(tmp_path, 0, 4, random.Random(3), epochs=6, settings=NARROW)
+    monkeypatch.setattr(faults, "METHODS", "neq")
+    found = faults.campaign(tmp_path, 0, 3, random.Random(3), epochs=6, settings=NARROW)
     assert found.wrong == []
     assert found.struck.total() > 0
 
@@ -111,7 +106,7 @@ def test_two_drivers_share_a_suite(tmp_path):
     specs = [small(m, seed=s) for s in (0, 1) for m in ("baseline", "neq", "random")]
     keep_tuning(specs[0], tmp_path / "both")
     both = [start(tmp_path / "both", *choice) for _ in range(2)]
-    texts = [process.communicate(timeout=200)[0] for process in both]
+    texts = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     own = [text.count("5 epochs, metric") for text in texts]
     assert sum(own) == 6  # each trial was done once
@@ -136,7 +131,7 @@ def test_a_driver_that_is_killed_leaves_its_trials_to_another(tmp_path):
     assert line == "waits   digits neq seed 0: another run has it\n"
     first.kill()
     first.communicate()
-    text, _ = second.communicate(timeout=120)
+    text, _ = second.communicate(timeout=PATIENCE)
     assert second.returncode == 0
     assert "done    digits neq seed 0: 40 epochs" in text
     assert pd.read_parquet(tmp_path / "digits/trials")["attempts"].tolist() == [2]
@@ -157,24 +152,24 @@ def little_disk(tmp_path):
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_a_full_disk(tmp_path, little_disk, executor, shared_ray):
     choice = ["--executor", executor, "--methods", "neq", "--seeds", "0"]
-    spec = small("neq", "recipe.epochs=24")
+    spec = small("neq", "recipe.epochs=12")
     keep_tuning(spec, little_disk)
-    process = start(little_disk, *choice, "--set", "recipe.epochs=24")
+    process = start(little_disk, *choice, "--set", "recipe.epochs=12")
     wait_for(lambda: epochs(little_disk) > 1)
     ballast = little_disk / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
-    text, error = process.communicate(timeout=120)
+    text, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert error.count("\n") == 1
     assert "No space left on device; mend that and run the same command again" in error
     assert "failed" not in text
     done = epochs(little_disk)
-    assert 0 < done < 24
+    assert 0 < done < 12
     ballast.unlink()
-    again = start(little_disk, *choice, "--set", "recipe.epochs=24")
-    text, error = again.communicate(timeout=120)
+    again = start(little_disk, *choice, "--set", "recipe.epochs=12")
+    text, error = again.communicate(timeout=PATIENCE)
     assert (again.returncode, error) == (0, "")
     run(spec, tmp_path / "enough")
     assert_same_results(spec, tmp_path / "enough", little_disk)
@@ -185,7 +180,7 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path, shared_ray):
     process = start(tmp_path, *more)
     wait_for(lambda: epochs(tmp_path) > 2)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert error.startswith("interrupted; go on with: neqbench run digits --set data.train_size")
     assert error.count("\n") == 1
@@ -193,7 +188,7 @@ def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path, shared_ray):
     for key in spot.names("leases"):
         beat = leases.latest(spot, key)
         assert beat.released
-        wait_for(lambda beat=beat: leases.born(beat.pid) != beat.born, 20)
+        wait_for(lambda beat=beat: leases.born(beat.pid) != beat.born)
     done = epochs(tmp_path)
     time.sleep(1)
     assert epochs(tmp_path) == done
@@ -278,7 +273,12 @@ def test_a_worker_that_is_killed_for_its_memory(tmp_path, troubled):
     low = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     words = [sys.executable, "-c", OOM, troubled("time.sleep(600)"), str(tmp_path)]
     done = subprocess.run(
-        words, cwd=HERE, env=as_users_have_it() | low, capture_output=True, text=True, timeout=200
+        words,
+        cwd=HERE,
+        env=as_users_have_it() | low,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     said = r"died 4 times \(the machine's memory is full: [\d.]+ of [\d.]+ GiB, [\d.]+ GB by this"
     assert re.search(said, done.stdout), done.stdout + done.stderr
@@ -312,13 +312,15 @@ except UserError as error:
 
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
 def test_a_head_that_is_lost(tmp_path, process):
+    # Ray itself would take 15 seconds to find that a node is dead.
+    quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
     done = subprocess.run(
         [sys.executable, "-c", HEAD, str(tmp_path), process],
         cwd=HERE,
-        env=as_users_have_it(),
+        env=as_users_have_it() | quick,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
     )
     assert "the Ray head at " in done.stdout, done.stderr
     assert "run the same command" in done.stdout
@@ -327,15 +329,14 @@ def test_a_head_that_is_lost(tmp_path, process):
     assert Store(tmp_path, "digits").load_checkpoint(spec.key)
 
 
-def test_results_in_a_bucket_are_those_on_disk(tmp_path, bucket, neqbench, monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_MODE")
+def test_results_in_a_bucket_are_those_on_disk(tmp_path, bucket, neqbench, shared_ray):
     specs = [small("neq"), small("random")]
     root = f"{bucket}/some/results"
     for place in (root, tmp_path):
         keep_tuning(specs[0], place)
     choice = ["--methods", "neq,random", "--seeds", "0"]
     remote = start(root, *choice)  # under Ray
-    text, error = remote.communicate(timeout=200)
+    text, error = remote.communicate(timeout=PATIENCE)
     assert remote.returncode == 0, error
     for spec in specs:
         run(spec, tmp_path)
@@ -353,4 +354,4 @@ def test_results_in_a_bucket_are_those_on_disk(tmp_path, bucket, neqbench, monke
     found = json.loads(neqbench("status", "--results", root, "--format", "json").stdout)
     assert found["groups"][0]["counts"]["done"] == 2
     again = start(root, *choice)
-    assert again.communicate(timeout=100)[0] == report.stdout  # nothing is computed twice
+    assert again.communicate(timeout=PATIENCE)[0] == report.stdout  # nothing is computed twice

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from trials import wait_for
 
 from harness.storage import leases
 from harness.storage.leases import Claim, Lease, LeaseLost, Watch
@@ -61,10 +62,7 @@ def test_it_is_renewed(spot, monkeypatch):
     monkeypatch.setattr(leases, "BEAT", 0.05)
     with Lease.acquire(spot, "trial", ME):
         before = leases.latest(spot, "trial")
-        limit = time.monotonic() + 20
-        while leases.latest(spot, "trial").count < before.count + 3:
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+        wait_for(lambda: leases.latest(spot, "trial").count >= before.count + 3)
         now = leases.latest(spot, "trial")
         assert now.at > before.at
         assert now.memory > 10**7

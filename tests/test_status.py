@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trials import SMALL, ask, heed_ctrl_c, run, small
+from trials import PATIENCE, SMALL, ask, heed_ctrl_c, run, small
 
 from harness.commands import doctor_machine, status
 from harness.run.trials import specs
@@ -166,8 +166,8 @@ def test_watching_is_ended_by_ctrl_c(results):
         os.close(terminal)  # else nothing ends when the process does
         text = b""
         while b"interrupted" not in text:
-            assert select.select([shown], [], [], 60)[0]
+            assert select.select([shown], [], [], PATIENCE)[0]
             text += os.read(shown, 4096)
         os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=20) == 130
+        assert process.wait(timeout=PATIENCE) == 130
     os.close(shown)

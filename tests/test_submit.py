@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import free_ports, running_ray
-from trials import SMALL, assert_same_results, keep_tuning, run, small
+from trials import PATIENCE, SMALL, assert_same_results, keep_tuning, run, small, wait_for
 
 from harness.commands import submit
 from harness.storage import provenance
@@ -50,18 +49,6 @@ def head():
         yield address, environment
 
 
-def wait_for(happens, limit=90):
-    limit += time.monotonic()
-    while True:
-        try:
-            if happens():
-                return
-        except OSError:
-            pass
-        assert time.monotonic() < limit
-        time.sleep(0.5)
-
-
 def neqbench(environment, *words, cwd):
     return subprocess.run(
         [BIN / "neqbench", *map(str, words)],
@@ -69,13 +56,13 @@ def neqbench(environment, *words, cwd):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
 
 
 def test_a_submitted_suite_ends_with_the_local_report(tmp_path, head):
     address, environment = head
-    longer = "recipe.epochs=40"  # it still runs when it is submitted again
+    longer = "recipe.epochs=20"  # it still runs when it is submitted again
     specs = [small("baseline", longer), small("neq", longer)]
     remote = tmp_path / "remote"
     keep_tuning(specs[0], remote)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import start_workers
 from torch import distributed
-from trials import SLOT, SMALL, assert_same_results, keep_tuning, results, small
+from trials import PATIENCE, SLOT, SMALL, assert_same_results, keep_tuning, results, small
 
 from harness import parallel
 from harness.data import dataset, streamed
@@ -320,7 +320,7 @@ def torchrun(*arguments):
         [*command, "-m", "harness", "run", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         cwd=Path(__file__).parents[1],
     )
 

@@ -2,6 +2,8 @@
 
 import io
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -40,6 +42,18 @@ SMALL = [
 METHODS = ["baseline", "neq", "neq-reference", "random", "smallest_velocity", "freeze_after"]
 MEASURED = {"peak_memory_bytes", "energy_joules", "other_load", "code"}
 SLOT = Slot(gpu=False, sharing=1)
+PATIENCE = 600  # seconds for another process, unless it hangs: a busy machine is no failure
+
+
+def wait_for(happens):
+    """Until it does; files and servers that it asks may not be there yet."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        with suppress(OSError):
+            if happens():
+                return
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def small(method, *settings, seed=0, suite="digits"):
