@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from neq.cka import CkaSums
 from neq.evaluation import Hook, State, arguments, evaluation, hooked, inputs_of, state_of
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
@@ -40,6 +41,20 @@ class Reading:
     def undefined(cls, neurons: int) -> Self:
         """The reading of so many neurons before any epoch: all NaN."""
         return cls(*(torch.full((neurons,), torch.nan, dtype=torch.float64) for _ in range(3)))
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Self:
+        """The reading that `state_dict` gave."""
+        names = ("phi", "delta_phi", "velocity")
+        return cls(*(state[name].to("cpu", copy=True) for name in names))
+
+    def state_dict(self) -> State:
+        """Its tensors by name, as copies."""
+        return {
+            "phi": self.phi.clone(),
+            "delta_phi": self.delta_phi.clone(),
+            "velocity": self.velocity.clone(),
+        }
 
     def advance(self, phi: Tensor, *, mu: float, recursion: Recursion) -> "Reading":
         """The reading after the next epoch, from its `phi`: float64 [neurons].
@@ -68,6 +83,7 @@ def phi(
     batches: Iterable[Any],
     neurons: NeuronIndex,
     similarity: Similarity,
+    cka: CkaSums | None = None,
 ) -> Tensor:
     """phi of each neuron: the cosine of its outputs now and in the state `before`. float64
     [neurons].
@@ -76,12 +92,12 @@ def phi(
     mean of one cosine per sample, samples being the outermost axis of every output. Both outputs
     zero: 1; exactly one: 0. NaN for a layer that was not called. `batches` yields inputs, or
     tuples that begin with them. The model's training modes, buffers and every global random
-    stream are left as they were.
+    stream are left as they were. `cka` is given the same outputs.
 
     Raises ValueError where `batches` is empty, TypeError for an input that is no tensor.
     """
     device = next(model.parameters()).device
-    outputs = _OutputSums(neurons, similarity)
+    outputs = _OutputSums(neurons, similarity, cka)
     with evaluation(model, device), outputs.hooks():
         for batch in batches:
             inputs = inputs_of(batch, device)
@@ -98,9 +114,10 @@ def phi(
 class _OutputSums:
     """Per-neuron sums over the outputs of two runs; holds the outputs of one batch at a time."""
 
-    def __init__(self, neurons: NeuronIndex, similarity: Similarity) -> None:
+    def __init__(self, neurons: NeuronIndex, similarity: Similarity, cka: CkaSums | None) -> None:
         self.neurons = neurons
         self.similarity = similarity
+        self.cka = cka
         self.batches = 0
         self.recording = True
         self._samples = 0
@@ -132,13 +149,23 @@ class _OutputSums:
     def _compare(self, layer: Layer, output: Tensor) -> None:
         recorded = self._before.get(layer.name)
         if not recorded or recorded[0].shape != output.shape:
-            self._unmatched.add(layer.name)  # routed by the data: no like to compare with
+            self._miss(layer.name)  # routed by the data: no like to compare with
             return
-        sums = _sums(recorded.pop(0), output, layer.axis, self._samples)
+        before = recorded.pop(0)
+        if self.cka is not None:
+            self.cka.add(layer, before, output, self._samples)
+        sums = _sums(before, output, layer.axis, self._samples)
         self._batch[layer.name] = self._batch.get(layer.name, 0.0) + sums
 
+    def _miss(self, layer: str) -> None:
+        self._unmatched.add(layer)
+        if self.cka is not None:
+            self.cka.miss(layer)
+
     def end(self) -> None:
-        self._unmatched.update(name for name, left in self._before.items() if left)
+        for name, left in self._before.items():
+            if left:
+                self._miss(name)
         for name, sums in self._batch.items():
             per_sample = sums if self.similarity == "dataset" else _cosine(sums).unsqueeze(0)
             self._total[name] = self._total.get(name, 0.0) + per_sample.sum(1)

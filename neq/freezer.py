@@ -1,22 +1,29 @@
 """NeuronFreezer: ties index, readings, policy and gradients to a model and its optimizer."""
 
+import warnings
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neq.alignment import aligned
+from neq.cka import CkaSums
 from neq.equilibrium import Reading, Similarity, phi, snapshot
+from neq.evaluation import evaluation, inputs_of
 from neq.gradients import Gradient, LayerPlan, SelectiveGradients
 from neq.momentum import complete_momentum
 from neq.neurons import NeuronIndex, unwrapped
-from neq.parallel import broadcast, broadcast_buffers
+from neq.parallel import broadcast, broadcast_buffers, largest
 from neq.policies import AtEquilibrium, Policy
+from neq.required import RequiredFlops
 from neq.timings import Timings
 
 # Names under which torch's optimizers keep their first moment (SGD, RMSprop; the Adam family).
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+MOST_AXES = 8  # of a sample, as ranks tell each other its shape
 
 
 class NeuronFreezer:
@@ -27,8 +34,14 @@ class NeuronFreezer:
     LBFGS (no gradient, weight decay or momentum); its first moment is zero when it trains again.
     Layers under `exclude` (module names or dotted prefixes) are read but never frozen. With
     everything frozen no parameter has a gradient, and a GradScaler refuses such a step: skip it.
+    `flops`: what a backward costs, for a policy with a budget; by default it is counted on the
+    shape of the first validation sample.
 
-    Raises ValueError for an unknown exclude, LBFGS, or a model without a supported layer.
+    `reading`: phi and its velocity; `cka`: the same of a policy that decides by CKA, by the block
+    of each neuron. `moved`: bool [neurons], whom the policy's alignment froze or let train.
+
+    Raises ValueError for an unknown exclude, LBFGS, a model without a supported layer, or a policy
+    that does not fit the model.
     """
 
     def __init__(
@@ -41,6 +54,7 @@ class NeuronFreezer:
         similarity: Similarity = "dataset",
         gradient: Gradient = "exact",
         timings: Timings | None = None,
+        flops: RequiredFlops | None = None,
     ) -> None:
         if similarity not in ("dataset", "sample"):
             raise ValueError(f"similarity must be 'dataset' or 'sample', got {similarity!r}")
@@ -56,7 +70,9 @@ class NeuronFreezer:
         self.neurons = NeuronIndex(self._model)
         if not self.neurons:
             raise ValueError("the model has no convolution, linear or normalisation layer")
-        self._freezable = ~self.neurons.select(exclude)
+        self.neurons.freezable = ~self.neurons.select(exclude)
+        self.neurons.flops = flops
+        self._check_policy()
         self._optimizer = optimizer
         self.timings = timings or Timings()
         compiled = any(hasattr(part, "_orig_mod") for part in model.modules())
@@ -72,7 +88,13 @@ class NeuronFreezer:
         ]
         self.epoch = 0
         self.frozen = torch.zeros(len(self.neurons), dtype=torch.bool)
+        self.moved = torch.zeros_like(self.frozen)
         self.reading = Reading.undefined(len(self.neurons))
+        self.cka: Reading | None = None
+        self._products = 0
+        self._warned = False
+        if self._wish("reading", "phi") == "cka":
+            self.cka = Reading.undefined(len(self.neurons))
         self._before: dict[str, Tensor] | None = None
         self._gradients.freeze(self.frozen, self.timings)  # nobody yet: the plan is dense
 
@@ -84,22 +106,81 @@ class NeuronFreezer:
         torch.distributed has several processes all of them call this, each with its share of the
         samples (no padding, no repeats): they get rank 0's buffers, one reading and one mask.
         """
+        if self._wish("needs_flops", False) and self.neurons.flops is None:
+            validation_batches = self._count(validation_batches)
         if self.policy.needs_velocity:
             broadcast_buffers(self._model)
             if self._before is not None:
-                values = phi(
-                    self._model, self._before, validation_batches, self.neurons, self.similarity
-                )
-                self.reading = self.reading.advance(
-                    values, mu=self.policy.mu, recursion=self.policy.recursion
-                )
+                self._read(self._before, validation_batches)
             self._before = None  # let go of the old copy first: one at a time is enough memory
             self._before = snapshot(self._model)
-        mask = torch.zeros_like(self.frozen)
-        if self.epoch:
-            mask = self.policy.frozen(self.epoch, self.neurons, self.reading.velocity)
-        self.freeze(broadcast(mask.to(next(self._model.parameters()).device)))
+        wanted, mask = self._decide().unbind()
+        self.moved = (wanted ^ mask).cpu()
+        self.freeze(mask)
         self.epoch += 1
+
+    def _decide(self) -> Tensor:
+        """Rank 0's masks before and after alignment: bool [2, neurons]."""
+        wanted = mask = torch.zeros_like(self.frozen)
+        if self.epoch:
+            velocity = (self.cka or self.reading).velocity
+            wanted = self.policy.frozen(self.epoch, self.neurons, velocity) & self.neurons.freezable
+            multiple, rounding = self._wish("align", 1), self._wish("rounding", "down")
+            mask = aligned(wanted, velocity, self.neurons, multiple, rounding)
+        device = next(self._model.parameters()).device
+        return broadcast(torch.stack([wanted, mask]).to(device))
+
+    def _read(self, before: dict[str, Tensor], batches: Iterable[Any]) -> None:
+        """Take phi, and CKA where the policy asks for it, after an epoch."""
+        how: dict[str, Any] = {"mu": self.policy.mu, "recursion": self.policy.recursion}
+        sums = None if self.cka is None else CkaSums(self.neurons, self._wish("width", 0))
+        values = phi(self._model, before, batches, self.neurons, self.similarity, sums)
+        self.reading = self.reading.advance(values, **how)
+        if sums is None or self.cka is None:
+            return
+        kappa = sums.result(next(self._model.parameters()).device)
+        may_freeze = kappa[self.neurons.freezable]
+        if len(may_freeze) and bool(may_freeze.isnan().all()) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "CKA is undefined in every layer, so that nothing will freeze: each needs twice as "
+                "many rows (samples × up to 256 positions) as neurons; validate on more samples",
+                stacklevel=3,
+            )
+        self.cka = self.cka.advance(kappa, **how)
+        self._products = sums.flops
+
+    def _count(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Count what a backward costs; returns the batches, of which one has been looked at."""
+        device = next(self._model.parameters()).device
+        with evaluation(self._model, device):  # a DataLoader draws on the global random stream
+            rest = iter(batches)
+            first = next(rest, None)
+            found = () if first is None else inputs_of(first, device).shape[1:]
+        # A rank may have no sample of its own.
+        padded = torch.tensor([*found, *[0] * (MOST_AXES - len(found))], device=device)
+        shape = tuple(size for size in largest(padded) if size)
+        if not shape:
+            raise ValueError(
+                "the policy counts FLOPs, and needs one validation batch for its shape"
+            )
+        self.neurons.flops = RequiredFlops.count(self._model, shape, self.neurons)
+        self._check_policy()
+        return rest if first is None else chain([first], rest)
+
+    def _wish(self, name: str, default: Any) -> Any:
+        """What the policy has to say beyond what each has to (see Policy)."""
+        return getattr(self.policy, name, default)
+
+    def _check_policy(self) -> None:
+        check = self._wish("check", None)
+        if check is not None:
+            check(self.neurons)
+
+    @property
+    def products_flops(self) -> int:
+        """FLOPs of the products that the last `update` took for CKA, of all ranks."""
+        return self._products
 
     @property
     def plan(self) -> dict[str, LayerPlan]:
@@ -116,7 +197,7 @@ class NeuronFreezer:
             raise ValueError(
                 f"mask must be bool [{len(self.neurons)}], got {mask.dtype} {list(mask.shape)}"
             )
-        before, self.frozen = self.frozen, mask.cpu() & self._freezable
+        before, self.frozen = self.frozen, mask.cpu() & self.neurons.freezable
         self._gradients.freeze(self.frozen, self.timings)
         self._gradients.apply()
         self._reset_first_moments(before | self.frozen)
@@ -141,38 +222,49 @@ class NeuronFreezer:
             # A closure runs the backward again inside the step, after this: even a parameter whose
             # gradient is None now may get one.
             frozen += self._gradients.wholly_frozen()
-        self._kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen]
+        # On the CPU new memory costs page faults in every step: the last step's is used again.
+        last = {p: (rows, values) for p, rows, values in self._kept if not p.is_cuda}
+        kept = []
+        for parameter, rows in frozen:
+            old, values = last.get(parameter, (None, None))
+            if old is not rows or values is None or values.dtype != parameter.dtype:
+                values = None
+            kept.append((parameter, rows, torch.index_select(parameter, 0, rows, out=values)))
+        self._kept = kept
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         # Weight decay and second moments move rows whose gradient is zero: put them back.
         for parameter, rows, values in self._kept:
             parameter.index_copy_(0, rows, values)
-        self._kept = []
+        self._kept = [part for part in self._kept if not part[0].is_cuda]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies: tensors and plain values."""
-        return {
+        state = {
             "layers": {name: part.stop - part.start for name, part in self.neurons.items()},
             "epoch": self.epoch,
             "frozen": self.frozen.clone(),
             "timings": self.timings.to_json(),
-            "phi": self.reading.phi.clone(),
-            "delta_phi": self.reading.delta_phi.clone(),
-            "velocity": self.reading.velocity.clone(),
+            **self.reading.state_dict(),
             "before": {name: t.clone() for name, t in (self._before or {}).items()},
         }
+        return state if self.cka is None else state | {"cka": self.cka.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; raises ValueError for the state of another model."""
         layers = {name: part.stop - part.start for name, part in self.neurons.items()}
         if state["layers"] != layers:
             raise ValueError("the state belongs to a model with other layers or sizes")
+        if (self.cka is None) != ("cka" not in state):
+            raise ValueError(
+                "the state belongs to a policy that reads something else than this one"
+            )
         device = next(self._model.parameters()).device
         self.epoch = state["epoch"]
-        self.reading = Reading(
-            *(state[name].to("cpu", copy=True) for name in ("phi", "delta_phi", "velocity"))
-        )
+        self.reading = Reading.of(state)
+        if self.cka is not None:
+            self.cka = Reading.of(state["cka"])
         self.timings = Timings.from_json(state["timings"])
         self.frozen = torch.zeros_like(self.frozen)  # the optimizer's state is its own to load
         self.freeze(state["frozen"])

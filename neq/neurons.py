@@ -7,11 +7,15 @@ normalisation layer (NEq, section 3; the reference code counts them the same way
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from neq.selective import plain_type
+
+if TYPE_CHECKING:
+    from neq.required import RequiredFlops
 
 # Layers whose neurons can freeze, with the axis of their output that holds the neurons.
 # By exact type: a subclass may mean something else (torchvision's LayerNorm2d norms axis 1).
@@ -69,7 +73,8 @@ class NeuronIndex:
 
     `len()` is the number of neurons; `index["layer1.0.conv1"]` is that layer's slice;
     `.items()` yields (layer name, slice). `.unsupported` maps the other modules that hold
-    parameters to the reason why their neurons never freeze.
+    parameters to the reason why their neurons never freeze. `.freezable`, bool [neurons]: who may
+    freeze; `.flops`: what their backward costs, None until somebody has counted it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,6 +95,8 @@ class NeuronIndex:
             self.layers += (Layer(name, module, neurons, NEURON_AXIS[plain_type(module)]),)
             start = neurons.stop
         self._size = start
+        self.freezable = torch.ones(start, dtype=torch.bool)
+        self.flops: RequiredFlops | None = None
         self._slices = {layer.name: layer.neurons for layer in self.layers}
 
     def __len__(self) -> int:

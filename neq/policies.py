@@ -8,12 +8,19 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from neq.alignment import Rounding, check_alignment
 from neq.equilibrium import Recursion
 from neq.neurons import NeuronIndex
 
 
 class Policy(Protocol):
-    """What NeuronFreezer asks of a policy: who stands still in the coming epoch."""
+    """What NeuronFreezer asks of a policy: who stands still in the coming epoch.
+
+    A policy may have more, which is asked for where it is there: `align` and `rounding`
+    (neq.alignment), `reading` and `width` (GroupEquilibrium), `needs_flops` (whether it asks
+    `neurons.flops` what a backward costs) and `check(neurons)`, which raises ValueError where the
+    policy does not fit the model.
+    """
 
     @property
     def needs_velocity(self) -> bool:
@@ -94,39 +101,44 @@ class Random(_NoVelocity):
 class AtEquilibrium:
     """Freezes neurons whose |velocity| is below `eps` (NEq, section 3.2).
 
-    `recursion="paper"` compares strictly; `"reference"`, the authors' code, with ≤.
+    `recursion="paper"` compares strictly; `"reference"`, the authors' code, with ≤. `align` and
+    `rounding`: in each layer a multiple of `align` neurons trains (neq.alignment).
     """
 
     eps: float = 1e-3
     mu: float = 0.5
     recursion: Recursion = "paper"
+    align: int = 1
+    rounding: Rounding = "down"
     needs_velocity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
-            raise ValueError(f"eps must be at least 0, got {self.eps}")
-        _check_mu(self.mu, self.recursion)
+        check_eps(self.eps)
+        check_mu(self.mu, self.recursion)
+        check_alignment(self.align, self.rounding)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """Those at equilibrium; a neuron whose velocity is NaN is not."""
-        speed = velocity.abs()
-        return speed < self.eps if self.recursion == "paper" else speed <= self.eps
+        return below(velocity.abs(), self.eps, self.recursion)
 
 
 @dataclass(frozen=True, slots=True)
 class SmallestVelocity:
     """Freezes floor((1 − keep) · C) of the C neurons of each layer: those with the least
-    |velocity|.
+    |velocity|. `align` and `rounding`: as of AtEquilibrium.
     """
 
     keep: float
     mu: float = 0.5
     recursion: Recursion = "paper"
+    align: int = 1
+    rounding: Rounding = "down"
     needs_velocity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_keep(self.keep)
-        _check_mu(self.mu, self.recursion)
+        check_mu(self.mu, self.recursion)
+        check_alignment(self.align, self.rounding)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """The slowest of each layer, of equals the first; a neuron whose velocity is NaN trains."""
@@ -148,7 +160,19 @@ def _check_keep(keep: float) -> None:
         raise ValueError(f"keep must be between 0 and 1, got {keep}")
 
 
-def _check_mu(mu: float, recursion: str) -> None:
+def below(speed: Tensor, eps: float, recursion: Recursion) -> Tensor:
+    """Where `speed` is below `eps`: strictly in the paper, or equal in the authors' code."""
+    return speed < eps if recursion == "paper" else speed <= eps
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError for a threshold below 0."""
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def check_mu(mu: float, recursion: str) -> None:
+    """Raises ValueError for a momentum outside [0, 1), and for an unknown recursion."""
     if not 0 <= mu < 1:
         raise ValueError(f"mu must be in [0, 1), got {mu}")
     if recursion not in ("paper", "reference"):

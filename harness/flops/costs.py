@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import neq
-from harness.flops.autograd_graph import Call, Graph, Product, trace
 from harness.flops.fvcore_counts import ForwardCounts
 from neq import Layer, LayerPlan, NeuronIndex
+from neq.autograd_graph import Call, Graph, Product, trace
 
 BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -172,6 +172,17 @@ class Costs:
     def _bits(self, layer: Layer) -> int:
         trainable = (p for p in layer.parameters if p.requires_grad)
         return sum(1 << self._numbers[id(p)] for p in trainable)
+
+    def positions(self) -> dict[str, int]:
+        """Places of a sample at which a layer has an output, by the name of each that is called."""
+        return {
+            cost.layer.name: sum(call.elements for call in cost.calls) // BATCH // cost.layer.size
+            for cost in self._layers
+        }
+
+    def required(self) -> neq.RequiredFlops:
+        """What policies ask that hold the backward to a share of its FLOPs."""
+        return neq.RequiredFlops(self.neurons, self._graph, self._numbers)
 
     @property
     def execution_order(self) -> list[str]:

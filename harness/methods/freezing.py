@@ -6,23 +6,43 @@ from typing import Any
 from torch import Tensor
 
 import neq
-from harness.methods.method import Method
+from harness.methods.method import Measures, Method
 from harness.methods.training import Training
-from harness.suite.method_specs import FreezingSpec, PolicySpec, VelocitySpec
+from harness.suite.freezing_specs import FreezingSpec, PolicySpec, VelocitySpec
+from neq.cka import POSITIONS
 from neq.equilibrium import Similarity
 
 
 def by_policy(training: Training, spec: PolicySpec) -> "Freezing":
     """The method that a suite's `spec` describes.
 
-    Raises ValueError where it does not fit the model or the optimizer.
+    Raises ValueError where it does not fit the model, the optimizer or the validation samples.
     """
+    policy = spec.policy(training.seed)
+    if getattr(policy, "reading", "phi") == "cka":
+        _check_rows(training, getattr(policy, "width", 0))
     return Freezing(
         training,
-        spec.policy(training.seed),
+        policy,
         similarity=spec.similarity if isinstance(spec, VelocitySpec) else "dataset",
         gradient=spec.gradient if isinstance(spec, FreezingSpec) else "exact",
     )
+
+
+def _check_rows(training: Training, width: int) -> None:
+    """Raises ValueError where the CKA of no layer will ever be defined."""
+    samples, neurons = training.samples["validation"], training.costs.neurons
+    freezable = ~neurons.select(training.exclude)
+    most = 0.0
+    for layer, positions in training.costs.positions().items():
+        if bool(freezable[neurons[layer]].any()):
+            size = min(neurons[layer].stop - neurons[layer].start, width)
+            most = max(most, samples * min(positions, POSITIONS) / size)
+    if most < 2:
+        raise ValueError(
+            f"CKA needs two rows for each neuron of a layer, and {samples} validation samples give "
+            f"{most:.1f} at the most; raise data.validation_size"
+        )
 
 
 class Freezing(Method):
@@ -49,6 +69,7 @@ class Freezing(Method):
             similarity=similarity,
             gradient=gradient,
             timings=training.timings,
+            flops=training.costs.required(),
         )
 
     @property
@@ -74,7 +95,20 @@ class Freezing(Method):
         if not self.freezer.policy.needs_velocity:
             return {}
         deciding = self.training.costs.overhead(self.training.samples["validation"])
-        return {"overhead": usual["overhead"] + deciding}
+        return {"overhead": usual["overhead"] + deciding + self.freezer.products_flops}
+
+    def measures(self) -> Measures:
+        """See Method: what alignment moved, the CKA of layers, and what groups find."""
+        found: dict[str | tuple[str, str], float] = {}
+        policy, freezer = self.freezer.policy, self.freezer
+        if getattr(policy, "align", 1) > 1:
+            found["neurons_moved_by_alignment"] = int(freezer.moved.sum())
+        if freezer.cka is not None:
+            for name, part in freezer.neurons.items():
+                found["cka", name] = float(freezer.cka.phi[part].mean())
+        if isinstance(policy, neq.GroupEquilibrium):
+            found.update(_beside_neurons(policy, freezer))
+        return found
 
     def readings(self) -> dict[str, Tensor]:
         """See Method."""
@@ -92,3 +126,17 @@ class Freezing(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Method."""
         self.freezer.load_state_dict(state)
+
+
+def _beside_neurons(policy: neq.GroupEquilibrium, freezer: neq.NeuronFreezer) -> dict[str, float]:
+    """Shares of the neurons that may freeze: those that stand still with their group, and would
+    not alone by the same eps; and those that would alone, while their group trains.
+    """
+    single = neq.AtEquilibrium(policy.eps, policy.mu, policy.recursion)
+    freezable = freezer.neurons.freezable
+    alone = single.frozen(freezer.epoch, freezer.neurons, freezer.reading.velocity) & freezable
+    count = max(int(freezable.sum()), 1)
+    return {
+        "still_by_group_alone": int((freezer.frozen & ~alone).sum()) / count,
+        "still_by_neuron_alone": int((alone & ~freezer.frozen).sum()) / count,
+    }

@@ -1,9 +1,7 @@
 """The report's figures: courses over epochs, what is kept against what is saved, sweeps."""
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import matplotlib as mpl
 import pandas as pd
@@ -11,12 +9,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from harness.report.curves import Curve, CurvePoint, curves
+from harness.report.curves import curves
+from harness.report.group_figures import group_pictures
 from harness.report.layers import layer_pictures
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable, Report
 from harness.report.phases import follows_loss, with_labels
-from harness.report.style import BASELINE, WIDTH, GroupLabel, Look, Picture, legend, looks, style
+from harness.report.style import (
+    BASELINE,
+    WIDTH,
+    GroupLabel,
+    Look,
+    Picture,
+    from_zero,
+    legend,
+    looks,
+    plain_name,
+    style,
+)
+from harness.report.sweep_figures import sweep_picture
 from harness.report.words import flops_unit
 
 DRAWN, DETAILED = 12, 4  # groups with figures, and with those of single layers: more take long
@@ -29,7 +40,7 @@ def pictures(report: Report) -> Iterator[Picture]:
         for position, table in enumerate(shown[:DRAWN]):
             yield from _of_group(table, report, detailed=position < DETAILED)
         for curve in curves(report.groups):
-            yield _sweep(curve)
+            yield sweep_picture(curve)
 
 
 def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[Picture]:
@@ -46,15 +57,13 @@ def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[
     labels = [row.label for row in _shown(table)]
     if detailed:
         yield from layer_pictures(done, labels, report.results, of)
+    if detailed and table.grouped:
+        yield from group_pictures(done, _looks(_shown(table)), report.results, of)
 
 
 def _name(table: GroupTable) -> str:
     words = [table.suite, table.point, table.group[:6]]
-    return _plain(" ".join(word for word in words if word))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.=-]+", "-", name)
+    return plain_name(" ".join(word for word in words if word))
 
 
 def _looks(rows: list[MethodRow]) -> dict[str, Look]:
@@ -64,10 +73,6 @@ def _looks(rows: list[MethodRow]) -> dict[str, Look]:
 def _shown(table: GroupTable) -> list[MethodRow]:
     """Those of which a trial is finished."""
     return [row for row in table.methods if row.n]
-
-
-def _from_zero(axis: Axes, values: Iterable[float]) -> None:
-    axis.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=1.0) or 1)
 
 
 def _courses(
@@ -114,7 +119,7 @@ def _courses(
     for axis in (axes[0], axes[2]):
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes[0].set_ylim(-0.03, 1.05)
-    _from_zero(axes[1], spread["flops", "max"])
+    from_zero(axes[1], spread["flops", "max"])
     _look_closer(axes[2], joined)
     axes[3].set_xlabel("epoch")
     legend(figure, axes[0])
@@ -269,7 +274,7 @@ def _times(table: GroupTable, done: pd.DataFrame, of: GroupLabel) -> Picture:
         )
     left = [100 * (1 - row.savings.saved) for row in _shown(table)]
     axis.set_xlim(0, 1.05 * max([100.0, *filter(math.isfinite, left)]))
-    _from_zero(axis, done["seconds"])
+    from_zero(axis, done["seconds"])
     axis.set_xlabel("backward FLOPs executed, deciding counted in, % of dense")
     axis.set_ylabel("training and deciding, s")
     legend(figure, axis)
@@ -277,76 +282,3 @@ def _times(table: GroupTable, done: pd.DataFrame, of: GroupLabel) -> Picture:
     shared = f" No measurement: {why}." if why else ""
     caption = f"seconds against FLOPs, a mark for each trial.{shared}"
     return of.picture("seconds", caption, figure)
-
-
-def _sweep(curve: Curve) -> Picture:
-    """Metric and FLOPs against a parameter."""
-    figure = Figure(figsize=(WIDTH, 4.8))
-    above, below = figure.subplots(2, 1, sharex=True)
-    look = looks(list(curve.lines), {n for n, points in curve.lines.items() if points[0].row.plain})
-    for position, (label, points) in enumerate(curve.lines.items()):
-        _line(above, below, points, label, look[label], curve, position)
-    if curve.baseline is not None:
-        above.axhline(100 * curve.baseline, color=BASELINE, linestyle="--", label="baseline")
-    above.set_ylabel(f"{curve.metric}, %")
-    rows = [point.row for points in curve.lines.values() for point in points]
-    pruned = all(row.prunes or row.plain for row in rows) and any(row.prunes for row in rows)
-    below.set_ylabel("parameters left, %" if pruned else "backward FLOPs left, %")
-    below.set_xlabel(curve.parameter)
-    _from_zero(below, [_remaining(row) for row in rows])
-    if curve.ticks is not None:
-        below.set_xticks(range(len(curve.ticks)), curve.ticks)
-    elif curve.scale == "symlog":
-        below.set_xscale("symlog", linthresh=curve.threshold)
-        most = max(point.x for points in curve.lines.values() for point in points)
-        below.set_xlim(-curve.threshold / 3, 1.5 * most)
-    else:
-        below.set_xscale(curve.scale)
-    legend(figure, above)
-    mark = "dotted" if curve.ticks is None else "dashes"
-    caption = f"{curve.suite}: {curve.metric} with 95 % intervals, and what is left of the " + (
-        f"parameters, against {curve.parameter}."
-        if pruned
-        else f"dense backward, deciding counted in, against {curve.parameter}; {mark}: by the "
-        "paper's count, of its own."
-    )
-    words = [curve.suite, curve.family, curve.parameter, curve.first[:6]]
-    name = f"{_plain(' '.join(filter(None, words)))}-sweep"
-    return Picture(name=name, group=curve.group, caption=caption, figure=figure)
-
-
-def _line(
-    above: Axes,
-    below: Axes,
-    points: list[CurvePoint],
-    label: str,
-    look: Look,
-    curve: Curve,
-    position: int,
-) -> None:
-    """One method's; of values that are no numbers, marks beside each other."""
-    words = curve.ticks is not None
-    at = [point.x + 0.06 * position * words for point in points]
-    style: dict[str, Any] = {"color": look.colour, "marker": look.marker}
-    style["linestyle"] = "" if words else look.line
-    rows = [point.row for point in points]
-    above.plot(at, [100 * row.quality.metric_mean for row in rows], label=label, **style)
-    for x, row in zip(at, rows, strict=True):
-        if row.quality.metric_low is not None and row.quality.metric_high is not None:
-            ends = [100 * row.quality.metric_low, 100 * row.quality.metric_high]
-            above.plot([x, x], ends, color=look.colour, linewidth=1)
-    below.plot(at, [_remaining(row) for row in rows], label=label, **style)
-    if any(row.prunes for row in rows):
-        return
-    paper = [100 * row.savings.paper_share for row in rows]
-    below.plot(at, paper, "_" if words else ":", color=look.colour)
-
-
-def _remaining(row: MethodRow) -> float:
-    """What a method leaves, in per cent: of the parameters where it prunes, else of the dense
-    backward.
-    """
-    if row.prunes:
-        share = row.pruned.parameters_left_share
-        return math.nan if share is None else 100 * share
-    return 100 * (1 - row.savings.saved)

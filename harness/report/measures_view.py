@@ -1,5 +1,6 @@
 """What methods have recorded themselves, as a table."""
 
+from harness.report.grouped import MEASURES as GROUPED
 from harness.report.method_row import MeasureRow, MethodRow
 from harness.report.model import GroupTable
 from harness.report.tables import Cell, Column, Table
@@ -25,6 +26,8 @@ def shown(row: MethodRow) -> list[MeasureRow]:
 
 
 def _elsewhere(measure: MeasureRow, row: MethodRow) -> bool:
+    if measure.name in GROUPED:
+        return True
     part = None if measure.layers else PRUNED.get(measure.name)
     return part is not None and getattr(row.pruned, part) is not None
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.report import groups, notes
+from harness.report.grouped import GroupedRow, grouped
 from harness.report.method_row import MethodRow
 from harness.report.methods import labels, method_rows
 from harness.report.per_trial import Labels, device_shared, devices, per_trial, timing_withheld
@@ -58,6 +59,7 @@ class GroupTable:
     dense: float
     paper_dense: float
     methods: list[MethodRow]
+    grouped: list[GroupedRow]
     phases: list[Phase]
     published: list[PaperComparison]
     missing: list[str]
@@ -235,6 +237,7 @@ def _group(
         dense=float(done["dense"].mean()),
         paper_dense=float(done["paper_dense"].mean()),
         methods=rows,
+        grouped=grouped(done, measures),
         phases=phases(done, epochs),
         published=against_published(request.published, done, trials, margin / 100),
         missing=state.missing,

@@ -7,6 +7,7 @@ from typing import Any
 from harness.report import views
 from harness.report.answers import answers
 from harness.report.curves import Sweep, sweep_of, sweeps
+from harness.report.grouped import groups_answer, groups_table
 from harness.report.measures_view import measures, shown
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.paper_view import against_paper
@@ -59,6 +60,7 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         made += [views.by_phase(table)] if len(table.methods) > 1 and table.phases else []
         shorter = any(row.shorter_baseline.stopped_epochs for row in table.methods)
         made += [views.shorter_baseline(table)] if shorter else []
+    made += [groups_table(table.grouped, table.metric)] if table.grouped else []
     made += [pruned(table)] if any(row.prunes for row in table.methods) else []
     made += [measures(table)] if any(shown(row) for row in table.methods) else []
     made += [against_paper(table)] if made and table.published else []
@@ -73,7 +75,7 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         title=f"{table.suite}{point}: {table.title}",
         group=table.group,
         facts=_facts(table, named=named),
-        answers=answers(table),
+        answers=[*answers(table), *groups_answer(table.grouped)],
         tables=made,
         notes=notes,
         alerts=alerts,

@@ -1,8 +1,9 @@
 """How figures look: one set of colours for the page, light or dark, and for print."""
 
 import io
+import math
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,16 @@ def looks(labels: Sequence[str], plain: Container[str]) -> dict[str, Look]:
         line, marker = LINES[position % len(LINES)], MARKERS[position % len(MARKERS)]
         found[label] = Look(shades[position], line, marker)
     return found
+
+
+def plain_name(name: str) -> str:
+    """A name for a file, of letters, digits and a few signs."""
+    return re.sub(r"[^\w.=-]+", "-", name)
+
+
+def from_zero(axis: Axes, values: Iterable[float]) -> None:
+    """Let the vertical axis begin at zero and hold all of `values` that are finite."""
+    axis.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=1.0) or 1)
 
 
 def legend(figure: Figure, axis: Axes) -> None:

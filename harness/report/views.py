@@ -23,7 +23,7 @@ from harness.suite.sweep import point_label
 
 SAVED = (
     "FLOPs: executed by the backward of one sample, mean over epochs; {dense} with nothing frozen. "
-    "decide: forward passes that decide, of the dense backward. saved, of the dense backward, with "
+    "decide: what deciding takes, of the dense backward. saved, of the dense backward, with "
     "deciding counted in: by what the kernels executed, and by the least that was required; by the "
     "paper's count ({paper} with nothing frozen), which leaves deciding out and credits a frozen "
     "neuron with its whole share."

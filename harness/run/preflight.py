@@ -125,7 +125,7 @@ def _untrained(suite: Suite, model: nn.Module, optimizer: Optimizer, costs: Cost
         exclude=suite.model.exclude,
         costs=costs,
         epochs=suite.recipe.epochs,
-        samples={"train": 0, "validation": 0},
+        samples={"train": 0, "validation": suite.data.validation_size},
         seed=0,
         timings=neq.Timings(),
         best=Weights(model),

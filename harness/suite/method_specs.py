@@ -4,126 +4,14 @@ What the rest of the harness has to know of a method it asks its spec; nothing t
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from harness.suite.fields import ImportString, added
+from harness.suite.freezing_specs import FREEZING, FreezingMethodSpec
 from harness.suite.pruning_specs import PRUNING, PruningMethodSpec
 from harness.suite.spec import Spec
-
-if TYPE_CHECKING:
-    import neq
-
-Keep = Annotated[float, Field(ge=0, le=1, strict=True)]
-Mu = Annotated[float, Field(ge=0, lt=1, strict=True)]
-Recursion = Literal["paper", "reference"]
-
-
-class PolicySpec(Spec):
-    """A method that freezes by a policy of neq."""
-
-    @property
-    def work(self) -> tuple[str, dict[str, Any]]:
-        """See Spec."""
-        return "harness.methods.freezing:by_policy", {"spec": self}
-
-    def policy(self, seed: int) -> "neq.Policy":
-        """The policy that says who stands still, in a trial with this seed."""
-        raise NotImplementedError
-
-
-class FreezingSpec(PolicySpec):
-    """A method that freezes. `gradient="cut"`: no gradient flows through frozen neurons, an
-    approximation.
-    """
-
-    gradient: Literal["exact", "cut"] = "exact"
-
-
-class VelocitySpec(FreezingSpec):
-    """A method that decides by velocity, with momentum `mu`. `recursion="reference"` and
-    `similarity="sample"` follow the authors' code where it departs from the paper.
-    """
-
-    mu: Mu = 0.5
-    recursion: Recursion = "paper"
-    similarity: Literal["dataset", "sample"] = "dataset"
-
-    @property
-    def needs_validation(self) -> bool:
-        """See Spec."""
-        return True
-
-
-class BaselineSpec(PolicySpec):
-    """Plain training: what every other method is compared with."""
-
-    is_baseline: ClassVar[bool] = True
-    kind: Literal["baseline"]
-
-    def policy(self, seed: int) -> "neq.Policy":
-        """The policy under which every neuron trains."""
-        import neq
-
-        return neq.Everyone()
-
-
-class NeqSpec(VelocitySpec):
-    """NEq (NeurIPS 2022): neurons whose |velocity| is below `eps` stand still."""
-
-    in_question: ClassVar[bool] = True
-    kind: Literal["neq"]
-    eps: Annotated[float, Field(ge=0, strict=True)] = 1e-3
-
-    def policy(self, seed: int) -> "neq.Policy":
-        """The policy that freezes neurons at equilibrium."""
-        import neq
-
-        return neq.AtEquilibrium(eps=self.eps, mu=self.mu, recursion=self.recursion)
-
-
-class RandomSpec(FreezingSpec):
-    """Control: in each layer the share `keep` trains, drawn at random anew each epoch."""
-
-    kind: Literal["random"]
-    keep: Keep
-
-    def policy(self, seed: int) -> "neq.Policy":
-        """The policy whose draws depend on (`seed`, epoch) alone."""
-        import neq
-        from harness.seeds import derive
-
-        return neq.Random(self.keep, seed=derive(seed, "masks"))
-
-
-class SmallestVelocitySpec(VelocitySpec):
-    """Control: in each layer the share `keep` with the largest |velocity| trains."""
-
-    kind: Literal["smallest_velocity"]
-    keep: Keep
-
-    def policy(self, seed: int) -> "neq.Policy":
-        """The policy that freezes by rank instead of by a threshold."""
-        import neq
-
-        return neq.SmallestVelocity(self.keep, mu=self.mu, recursion=self.recursion)
-
-
-class FreezeAfterSpec(FreezingSpec):
-    """Control: from `epoch` on everything stands still but the excluded layers.
-
-    It shows what the remaining epochs are worth.
-    """
-
-    kind: Literal["freeze_after"]
-    epoch: Annotated[int, Field(ge=1, strict=True)]
-
-    def policy(self, seed: int) -> "neq.Policy":
-        """The policy that freezes everything from that epoch on."""
-        import neq
-
-        return neq.FreezeAfter(self.epoch)
 
 
 class OwnSpec(Spec):
@@ -153,24 +41,9 @@ class OwnSpec(Spec):
 
 
 MethodSpec = Annotated[
-    BaselineSpec
-    | NeqSpec
-    | RandomSpec
-    | SmallestVelocitySpec
-    | FreezeAfterSpec
-    | PruningMethodSpec
-    | OwnSpec,
-    Field(discriminator="kind"),
+    FreezingMethodSpec | PruningMethodSpec | OwnSpec, Field(discriminator="kind")
 ]
-KINDS: dict[str, type[Spec]] = {
-    "baseline": BaselineSpec,
-    "neq": NeqSpec,
-    "random": RandomSpec,
-    "smallest_velocity": SmallestVelocitySpec,
-    "freeze_after": FreezeAfterSpec,
-    **PRUNING,
-    "own": OwnSpec,
-}
+KINDS: dict[str, type[Spec]] = {**FREEZING, **PRUNING, "own": OwnSpec}
 
 
 def with_kinds(suite: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from neq import Layer, NeuronIndex
+from neq.neurons import Layer, NeuronIndex
 
 NodeT = TypeVar("NodeT")
 

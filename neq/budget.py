@@ -1,0 +1,291 @@
+"""Policies that hold the backward to a share of its FLOPs, by what freezing saves."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neq.alignment import Rounding
+from neq.equilibrium import Recursion
+from neq.groups import GroupEquilibrium, members
+from neq.neurons import NeuronIndex
+from neq.policies import AtEquilibrium, check_mu
+from neq.required import RequiredFlops
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Freezes whom `policy` freezes, and more until the backward keeps to a budget.
+
+    Once velocities exist, the least exact backward has at most the share `flops` of the dense
+    one's FLOPs: those whose |velocity| is smallest for what they save stand still, input gradients
+    included that nothing upstream needs any more. They are single neurons, or the groups of a
+    GroupEquilibrium. Neurons without a velocity train.
+    """
+
+    policy: AtEquilibrium | GroupEquilibrium
+    flops: float
+    needs_velocity: ClassVar[bool] = True
+    needs_flops: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share(self.flops)
+        if self.align > 1 and self.rounding == "up":
+            raise ValueError("rounding 'up' lets more train than the budget allows; take 'down'")
+
+    @property
+    def mu(self) -> float:
+        """See Policy."""
+        return self.policy.mu
+
+    @property
+    def recursion(self) -> Recursion:
+        """See Policy."""
+        return self.policy.recursion
+
+    @property
+    def align(self) -> int:
+        """Of `policy`."""
+        return self.policy.align
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of `policy`."""
+        return self.policy.rounding
+
+    @property
+    def reading(self) -> str:
+        """Of `policy`."""
+        return getattr(self.policy, "reading", "phi")
+
+    @property
+    def width(self) -> int:
+        """Of `policy`."""
+        return getattr(self.policy, "width", 0)
+
+    def check(self, neurons: NeuronIndex) -> None:
+        """Raises ValueError where the groups do not fit, or the budget is out of reach."""
+        if isinstance(self.policy, GroupEquilibrium):
+            self.policy.check(neurons)
+        check_reach(self.flops, neurons)
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """Those at equilibrium, and as many more as the budget takes."""
+        assert neurons.flops is not None
+        frozen = self.policy.frozen(epoch, neurons, velocity) & neurons.freezable
+        speed = velocity.abs().nan_to_num(torch.inf)
+        if not isinstance(self.policy, GroupEquilibrium):
+            return _fill_by_rows(frozen, speed, neurons, self.flops * neurons.flops.dense)
+        for group, value in self.policy.speeds(neurons, velocity):
+            speed[group] = value
+        groups = members(self.policy.groups, neurons)
+        return _fill_by_groups(frozen, speed, groups, neurons, self.flops * neurons.flops.dense)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """Neurons that may stand still together. `score`: their |velocity| over what that saves."""
+
+    neurons: Tensor
+    score: float
+    saved: int
+
+
+def _moves(
+    frozen: Tensor, speed: Tensor, bundles: list[Tensor], flops: RequiredFlops
+) -> list[_Move]:
+    """What is left to freeze of each bundle, the slowest for what it saves first.
+
+    A bundle may end input gradients; of those that save nothing as yet the slowest come last.
+    """
+    now, found = flops(frozen), []
+    for bundle in bundles:
+        left = bundle[~frozen[bundle] & speed[bundle].isfinite()]
+        if len(left):
+            saved = now - flops(frozen.index_fill(0, left, True))
+            found.append(_Move(left, float(speed[left].sum()) / max(saved, 1e-9), saved))
+    return sorted(found, key=lambda move: move.score)
+
+
+def _fill_by_groups(
+    frozen: Tensor, speed: Tensor, groups: list[Tensor], neurons: NeuronIndex, budget: float
+) -> Tensor:
+    """`frozen`, and whole groups until the budget is kept.
+
+    What each saves is weighed anew when a layer has come to stand still.
+    """
+    assert neurons.flops is not None
+    frozen = frozen.clone()
+    while neurons.flops(frozen) > budget:
+        moves, still = _moves(frozen, speed, groups, neurons.flops), _still(frozen, neurons)
+        for move in moves:
+            frozen[move.neurons] = True
+            if neurons.flops(frozen) <= budget or _still(frozen, neurons) > still:
+                break
+        if not moves:
+            break
+    return frozen
+
+
+def _fill_by_rows(frozen: Tensor, speed: Tensor, neurons: NeuronIndex, budget: float) -> Tensor:
+    """`frozen`, and single neurons until the budget is kept.
+
+    They come one by one, by what the weight gradient of their row costs; or all that are left of a
+    layer, where that ends input gradients and is cheaper so.
+    """
+    assert neurons.flops is not None
+    flops, frozen, layers = neurons.flops, frozen.clone(), members("layers", neurons)
+    while flops(frozen) > budget:
+        moves = _moves(frozen, speed, layers, flops)
+        if not moves:
+            break
+        ends = [m for m in moves if m.saved > float(flops.rows[m.neurons].sum()) or not m.saved]
+        taken = _rows_below(ends[0].score if ends else torch.inf, frozen, speed, neurons)
+        if not len(taken):
+            taken = ends[0].neurons
+            taken = taken[speed[taken].argsort(stable=True)]
+        frozen[taken[: _fewest(frozen, taken, budget, flops)]] = True
+    return frozen
+
+
+def _rows_below(score: float, frozen: Tensor, speed: Tensor, neurons: NeuronIndex) -> Tensor:
+    """Neurons whose |velocity| over what their row saves is at most `score`, the least first, up to
+    the first that is the last of its layer.
+    """
+    assert neurons.flops is not None
+    ratio = (speed / neurons.flops.rows).masked_fill(frozen | ~neurons.freezable, torch.inf)
+    order = ratio.nan_to_num(torch.inf).argsort(stable=True)
+    order = order[(ratio[order] <= score) & ratio[order].isfinite()]
+    place = torch.full(frozen.shape, len(order)).index_copy(0, order, torch.arange(len(order)))
+    ends = [
+        int(place[part][~frozen[part]].max())
+        for _, part in neurons.items()
+        if not bool(frozen[part].all())
+    ]
+    return order[: min([*ends, len(order) - 1]) + 1]
+
+
+def _still(frozen: Tensor, neurons: NeuronIndex) -> int:
+    """How many layers stand still as a whole."""
+    return sum(bool(frozen[part].all()) for _, part in neurons.items())
+
+
+def _fewest(frozen: Tensor, order: Tensor, budget: float, flops: RequiredFlops) -> int:
+    """How many of `order` must freeze, in this order, to keep the budget; all if that is too few.
+
+    The FLOPs never grow with the mask, so that halving finds it.
+    """
+    low, high = 1, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if flops(frozen.index_fill(0, order[:middle], True)) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class _LayersInOrder:
+    """Freezes whole layers in an order, as far as that leaves the share `flops` of a backward."""
+
+    flops: float
+    needs_flops: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share(self.flops)
+
+    def check(self, neurons: NeuronIndex) -> None:
+        """Raises ValueError where that share is out of reach."""
+        check_reach(self.flops, neurons)
+
+    def _fitting(self, order: list[str], neurons: NeuronIndex, *, skip: bool) -> Tensor:
+        """The layers of `order` that fit; at one that does not, end, or `skip` it."""
+        assert neurons.flops is not None
+        mask = torch.zeros(len(neurons), dtype=torch.bool)
+        for name in order:
+            further = mask.clone()
+            further[neurons[name]] = neurons.freezable[neurons[name]]
+            if neurons.flops(further) >= self.flops * neurons.flops.dense:
+                mask = further
+            elif not skip:
+                break
+        return mask
+
+
+@dataclass(frozen=True, slots=True)
+class RandomLayers(_LayersInOrder):
+    """Control: whole layers stand still, drawn at random anew every epoch, as many as leave the
+    share `flops` of the dense backward's FLOPs, or a little more.
+    """
+
+    seed: int = 0
+    needs_velocity: ClassVar[bool] = False
+    mu: ClassVar[float] = 0.0
+    recursion: ClassVar[Recursion] = "paper"
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """A draw that depends on (seed, epoch) alone, so that resuming needs no state."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        names = list(neurons)
+        drawn = torch.randperm(len(names), generator=generator).tolist()
+        return self._fitting([names[place] for place in drawn], neurons, skip=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeFirst(_LayersInOrder):
+    """Control: from epoch 1 on the layers nearest to the input stand still, in the order in which
+    a forward calls them, as many as leave the share `flops` of the dense backward's FLOPs, or a
+    little more.
+    """
+
+    needs_velocity: ClassVar[bool] = False
+    mu: ClassVar[float] = 0.0
+    recursion: ClassVar[Recursion] = "paper"
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """The first layers."""
+        assert neurons.flops is not None
+        return self._fitting(neurons.flops.order, neurons, skip=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SlowestLayers(_LayersInOrder):
+    """Control: the layers of the smallest median |velocity| stand still, by rank instead of by a
+    threshold, as many as leave the share `flops` of the dense backward's FLOPs, or a little more.
+    """
+
+    mu: float = 0.5
+    recursion: Recursion = "paper"
+    needs_velocity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share(self.flops)
+        check_mu(self.mu, self.recursion)
+
+    def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
+        """The slowest layers; one with an undefined median trains."""
+        speed = velocity.abs().nan_to_num(torch.inf)
+        medians = {name: median(speed[part].tolist()) for name, part in neurons.items()}
+        order = sorted((n for n in medians if medians[n] < torch.inf), key=medians.__getitem__)
+        return self._fitting(order, neurons, skip=True)
+
+
+def check_share(flops: float) -> None:
+    """Raises ValueError for a share outside (0, 1]."""
+    if not 0 < flops <= 1:
+        raise ValueError(f"flops must be a share above 0 and at most 1, got {flops}")
+
+
+def check_reach(flops: float, neurons: NeuronIndex) -> None:
+    """Raises ValueError where the backward needs more even with all frozen that may freeze."""
+    if neurons.flops is None:
+        return
+    least = neurons.flops(neurons.freezable) / max(neurons.flops.dense, 1)
+    if least > flops:
+        raise ValueError(
+            f"flops = {flops:g} is out of reach: with every neuron that may freeze standing still "
+            f"the backward still needs {least:.3g} of its FLOPs; ask for more, or exclude less"
+        )
