@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from neq.kernels import rows_for
+from neq.kernels import Kept, rows_for
 from neq.neurons import Layer, NeuronIndex
 from neq.selective import Work, assign, geometry, selecting
 from neq.timings import Timings
@@ -51,6 +51,7 @@ class SelectiveGradients:
         self._cut = gradient == "cut"
         self._rows: dict[Tensor, Tensor] = {}
         self._whole: dict[Tensor, None] = {}
+        self._kept: dict[Tensor, Kept] = {}  # of weights whose backward computes some rows
         self._cleared: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and versions, until a step
         self._handles: list[RemovableHandle] = []
         self._tie: RemovableHandle | None = None
@@ -71,6 +72,8 @@ class SelectiveGradients:
                     self._rows[parameter] = rows.to(parameter.device)
             work = _choose_work(layer, mask, self._cut, timings) if self._selective else None
             assign(layer.module, work)
+            if work is not None and work.rows is not None:
+                self._kept[layer.parameters[0]] = work.rows.kept
             self.plan[layer.name] = _plan(layer, work, self._cut)
         self._tie_whole()
 
@@ -130,7 +133,9 @@ class SelectiveGradients:
             if parameter in self._whole:
                 parameter.grad = None  # not zeros: the optimizer then leaves its state alone, too
             return
-        gradient.detach().index_fill_(0, rows, 0)
+        kept = self._kept.get(parameter)
+        if kept is None or not kept.holds(gradient):  # else those rows are zero already
+            gradient.detach().index_fill_(0, rows, 0)
         self._cleared[parameter] = gradient, gradient._version
 
     def remove(self) -> None:
@@ -146,6 +151,7 @@ class SelectiveGradients:
         self._handles.clear()
         self._rows.clear()
         self._whole.clear()
+        self._kept.clear()
         self._cleared.clear()
 
 
@@ -166,8 +172,10 @@ def _choose_work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> W
     kernel = timings.kernel(layer.name, fewest, layer.size)
     if kernel == "dense" and not cut:
         return None
-    if kernel == "dense" and timings.cut_pays(layer.name, fewest, layer.size):
-        kernel = "gather"
+    if cut:
+        kernel = "gather" if kernel == "dense" else kernel
+        pays = timings.cut_pays(layer.name, fewest, layer.size, kernel)
+        kernel = kernel if pays else "dense"
     return Work(kernel, rows_for(kernel, frozen, shape), cut, shape)
 
 

@@ -5,7 +5,8 @@ them. All cost the same FLOPs; which one is fast depends on shape, rows, precisi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -14,13 +15,61 @@ import torch
 from torch import Tensor
 
 
+class Kept:
+    """The memory of a weight's full gradient, used again as soon as nobody else refers to it.
+
+    On the CPU new memory costs page faults, and its rows that are not computed have to be zeroed.
+    """
+
+    def __init__(self) -> None:
+        # One or none: a gradient, and its version when it was given away. pop() is atomic.
+        self._last: list[tuple[Tensor, int]] = []
+
+    def take(self, like: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """Memory for a gradient, and whether it still holds what was given away before."""
+        if _keeps(like, shape) and self._last:
+            with suppress(IndexError):  # another thread was faster
+                full, version = self._last.pop()
+                if _alone(full) and full.dtype == like.dtype and full.stride() == stride:
+                    return full, full._version == version
+        return like.new_empty_strided(shape, stride), False
+
+    def give(self, full: Tensor) -> Tensor:
+        """`full` to be returned by a backward: autograd makes it a parameter's `grad` as it is."""
+        if not _keeps(full, full.shape):
+            return full
+        self._last[:] = [(full, full._version)]
+        return full.detach()  # with another reference to the tensor itself autograd would copy it
+
+    def holds(self, gradient: Tensor) -> bool:
+        """Whether `gradient` is what was given away last, and nobody has changed it since."""
+        return any(
+            gradient.data_ptr() == full.data_ptr() and gradient._version == version
+            for full, version in self._last
+        )
+
+
+def _keeps(gradient: Tensor, shape: torch.Size) -> bool:
+    """Not what transforms wrap, what a graph goes on from, or what a CUDA stream may still read."""
+    if type(gradient) is not Tensor or not torch._C._has_storage(gradient):
+        return False
+    return gradient.device.type == "cpu" and not torch.is_grad_enabled() and len(shape) > 1
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether no other tensor shares its memory: two references are its own and this call's."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count <= 2
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """The rows of a layer that its backward computes, as int64 tensors.
 
     `index` [computed]: those rows, sorted, as many of each group that takes part; `others`: the
     remaining rows; `fillers`: computed ones that do not train. `groups`: how many take part;
-    `inputs`: the input channels that they read, None for all.
+    `inputs`: the input channels that they read, None for all. `kept`: memory of the weight's
+    gradient.
     """
 
     index: Tensor
@@ -28,6 +77,7 @@ class Rows:
     fillers: Tensor
     inputs: Tensor | None
     groups: int
+    kept: Kept = field(default_factory=Kept)
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows on the device of a model that was moved, or of a replica."""
@@ -45,9 +95,13 @@ class Rows:
         """The full gradient of `shape` and `stride`: computed rows in their places, zeros
         elsewhere.
         """
-        full = computed.new_empty_strided(shape, stride)
-        full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
-        return full.index_fill_(0, self.fillers, 0) if len(self.fillers) else full
+        full, zeroed = self.kept.take(computed, shape, stride)
+        if not zeroed:
+            full.index_fill_(0, self.others, 0)
+        full.index_copy_(0, self.index, computed)
+        if len(self.fillers):
+            full.index_fill_(0, self.fillers, 0)
+        return self.kept.give(full)
 
     def weights(self, weight: Tensor) -> Tensor:
         """The computed rows of `weight`: [computed, …], with zeros for fillers."""
@@ -128,18 +182,22 @@ class Geometry:
 
     def input_gradient(self, gradient: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
         """The exact, dense gradient of the input; of `inputs` only shape and layout matter."""
-        return self._backward(gradient, inputs, weight, 0)
+        found: Tensor = self.gradients(gradient, inputs, weight, (True, False, False))[0]
+        return found
 
     def weight_gradient(self, gradient: Tensor, inputs: Tensor) -> Tensor:
         """The weight gradient of as many rows as `gradient` has channels."""
         weight = gradient.new_empty(gradient.shape[1], *self.weight[1:])
-        return self._backward(gradient, inputs, weight, 1)
+        found: Tensor = self.gradients(gradient, inputs, weight, (False, True, False))[1]
+        return found
 
-    def _backward(self, gradient: Tensor, inputs: Tensor, weight: Tensor, which: int) -> Tensor:
-        zeros, mask = (0,) * len(self.stride), [which == 0, which == 1, False]
-        arguments = self.stride, self.padding, self.dilation, False, zeros, self.groups, mask
-        found: Any = torch.ops.aten.convolution_backward(gradient, inputs, weight, None, *arguments)
-        return found[which]  # type: ignore[no-any-return]
+    def gradients(
+        self, gradient: Tensor, inputs: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+    ) -> Any:
+        """The dense gradients of input, weight and bias, None where they are not `needed`."""
+        zeros, bias = (0,) * len(self.stride), [gradient.shape[1]] if needed[2] else None
+        arguments = self.stride, self.padding, self.dilation, False, zeros, self.groups, needed
+        return torch.ops.aten.convolution_backward(gradient, inputs, weight, bias, *arguments)
 
     @property
     def swaps(self) -> bool:

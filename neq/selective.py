@@ -236,7 +236,14 @@ class _ConvolutionFunction(Function):
         if x is None:  # frozen whole: the input was not kept
             x = gradient.new_empty_strided(*ctx.like)  # its values are never read
         work, shape = ctx.work, ctx.work.shape
-        needs_input, needs_weight, needs_bias = _needed(ctx)
+        needs_input, needs_weight, needs_bias = needed = _needed(ctx)
+        if work.kernel == "dense":
+            if weight is None:  # nobody needs its values
+                weight = gradient.new_empty(shape.weight)
+            rows = work.rows.to(gradient.device)
+            if needs_input and work.cut:
+                gradient, weight = _without(rows, gradient, weight)
+            return *_cleared(rows, *shape.gradients(gradient, x, weight, needed)), None
         by_input = by_weight = by_bias = None
         # From all channels, frozen or not: what flows through a frozen neuron still counts.
         if needs_input and not work.cut:
@@ -264,6 +271,24 @@ def _save(ctx: Any, x: Tensor, weight: Tensor, work: Work) -> None:
     ctx.weight_like = weight.shape, weight.stride()
 
 
+def _without(rows: Rows, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The output's gradient and the weight, one of them with zeros for rows that do not train.
+
+    Their product is the input gradient, so that the smaller one is enough.
+    """
+    if weight.numel() <= gradient.numel():
+        return gradient, weight.index_fill(0, rows.fillers, 0)
+    return gradient.index_fill(1, rows.fillers, 0), weight
+
+
+def _cleared(rows: Rows, by_input: Any, by_weight: Any, by_bias: Any) -> tuple[Any, Any, Any]:
+    """Fresh gradients of a layer, with zeros for rows that do not train."""
+    for computed in (by_weight, by_bias):
+        if computed is not None:
+            computed.index_fill_(0, rows.fillers, 0)
+    return by_input, by_weight, by_bias
+
+
 def _through_rows(chosen: Tensor, x: Tensor, weight: Tensor, shape: Geometry, rows: Rows) -> Tensor:
     """The input gradient from the `chosen` gradient channels, as far as they train."""
     part = replace(shape, groups=rows.groups)
@@ -286,6 +311,13 @@ class _LinearFunction(Function):
         x, weight = ctx.saved_tensors
         rows = ctx.work.rows.to(gradient.device)
         needs_input, needs_weight, needs_bias = _needed(ctx)
+        if ctx.work.kernel == "dense":
+            if needs_input and ctx.work.cut:
+                gradient, weight = _without(rows, gradient, weight)
+            by_input = gradient @ weight if needs_input else None
+            by_weight = gradient.t() @ x if needs_weight else None
+            by_bias = gradient.sum(0) if needs_bias else None
+            return *_cleared(rows, by_input, by_weight, by_bias), None
         chosen = rows.gather(gradient)
         by_input = by_weight = by_bias = None
         if needs_input:

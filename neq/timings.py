@@ -23,6 +23,7 @@ GAIN = 0.95  # a kernel is taken where its time is below this share of the dense
 SECONDS = 0.1  # per shape, but at least two rounds
 
 CUT = "cut"  # gathered rows, with the input gradient through them alone
+CUT_DENSE = "cut/dense"  # all rows, with the input gradient through those that train
 
 Table = Mapping[str, Mapping[str, Mapping[int, float]]]
 
@@ -46,18 +47,26 @@ class Timings:
         if size not in known.get("dense", {}):
             return "gather" if 2 * rows <= size else "dense"
         best, fastest = "dense", GAIN * known["dense"][size]
-        for kernel in sorted(known.keys() - {"dense", CUT}):
+        for kernel in sorted(known.keys() - {"dense", CUT, CUT_DENSE}):
             bound = _bound(known[kernel], rows)
             if bound < fastest:
                 best, fastest = kernel, bound
         return best
 
-    def cut_pays(self, layer: str, rows: int, size: int) -> bool:
-        """Whether the input gradient through `rows` alone is faster than the dense backward."""
+    def cut_pays(self, layer: str, rows: int, size: int, kernel: str = "gather") -> bool:
+        """Whether `kernel`, with the input gradient through `rows` alone, is faster than all rows
+        with the input gradient cut; a table from before that was timed has the plain backward's.
+        """
         known = self.layers.get(layer, {})
         if size not in known.get("dense", {}):
             return 2 * rows <= size
-        return _bound(known.get(CUT, {}), rows) < known["dense"][size]
+        if kernel != "gather" and CUT not in known:
+            return True
+        seconds = _bound(known.get(CUT, {}), rows)
+        if kernel != "gather":  # only the weight gradient takes another time
+            seconds += _bound(known[kernel], rows) - _bound(known.get("gather", {}), rows)
+        dense = known.get(CUT_DENSE, {}).get(size)
+        return seconds < (known["dense"][size] if dense is None else GAIN * dense)
 
     def to_json(self) -> dict[str, Any]:
         """The table as plain values; `from_json` reads them back."""
@@ -165,6 +174,8 @@ def _time(layer: Layer, sample: _Sample) -> dict[str, dict[int, float]]:
 def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[tuple[str, int, Work | None]]:
     shape = geometry(layer.module)
     runs: list[tuple[str, int, Work | None]] = [("dense", layer.size, None)]
+    half = torch.arange(layer.size, device=x.device) % 2 == 0
+    runs.append((CUT_DENSE, layer.size, Work("dense", rows_for("dense", half, shape), True, shape)))
     for count in sorted({3, *(ceil(layer.size * k / 8) for k in range(1, 8))}):
         if count >= layer.size:
             continue

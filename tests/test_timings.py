@@ -70,8 +70,16 @@ def test_measuring_covers_the_layers_and_changes_nothing(net):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     assert list(timings.layers) == ["conv", "grouped", "fc1", "fc2"]
-    assert set(timings.layers["conv"]) == {"dense", "gather", "cut", "swap", "swap/3", "swap/last"}
-    assert set(timings.layers["grouped"]) == {"dense", "gather", "cut"}
+    assert set(timings.layers["conv"]) == {
+        "dense",
+        "gather",
+        "cut",
+        "cut/dense",
+        "swap",
+        "swap/3",
+        "swap/last",
+    }
+    assert set(timings.layers["grouped"]) == {"dense", "gather", "cut", "cut/dense"}
     assert list(timings.layers["fc1"]["dense"]) == [6]
     seconds = [
         s for kernels in timings.layers.values() for t in kernels.values() for s in t.values()
@@ -90,7 +98,7 @@ def test_measuring_under_autocast_and_for_a_layer_called_by_name():
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         timings = neq.measure(Named(), torch.randn(3, 4))
-    assert set(timings.layers["fc"]) == {"dense", "gather", "cut"}
+    assert set(timings.layers["fc"]) == {"dense", "gather", "cut", "cut/dense"}
 
 
 def test_the_plan_is_what_a_freezer_does_and_travels_with_its_state():
