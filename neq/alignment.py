@@ -18,9 +18,10 @@ def aligned(
     """`frozen`, bool [neurons], changed so that in each layer a `multiple` of neurons trains.
 
     "down" freezes those of the next smallest |velocity| as well, "up" lets those of the largest
-    train. A layer in which nobody stands still is left as it is, and so are neurons that may not
-    freeze. `velocity`: float64 [neurons]; where it is NaN nobody is frozen for the sake of others:
-    if too few are left to freeze, such a layer stays as it was.
+    train. A layer in which nobody stands still is left as it is; where fewer than a `multiple`
+    would train, "down" freezes the whole layer. Neurons that may not freeze never do. `velocity`:
+    float64 [neurons]; where it is NaN nobody is frozen for the sake of others: if too few are left
+    to freeze, such a layer stays as it was.
     """
     if multiple == 1:
         return frozen

@@ -201,13 +201,12 @@ class _LayersInOrder:
         """Raises ValueError where that share is out of reach."""
         check_reach(self.flops, neurons)
 
-    def _fitting(self, order: list[str], neurons: NeuronIndex, *, skip: bool) -> Tensor:
-        """The layers of `order` that fit; at one that does not, end, or `skip` it."""
+    def _fitting(self, units: list[Tensor], neurons: NeuronIndex, *, skip: bool) -> Tensor:
+        """The `units` that fit, in their order; at one that does not, end, or `skip` it."""
         assert neurons.flops is not None
         mask = torch.zeros(len(neurons), dtype=torch.bool)
-        for name in order:
-            further = mask.clone()
-            further[neurons[name]] = neurons.freezable[neurons[name]]
+        for unit in units:
+            further = mask.index_fill(0, unit, True) & neurons.freezable
             if neurons.flops(further) >= self.flops * neurons.flops.dense:
                 mask = further
             elif not skip:
@@ -215,10 +214,25 @@ class _LayersInOrder:
         return mask
 
 
+def _units(neurons: NeuronIndex) -> list[Tensor]:
+    """The neurons of each layer with those of the normalisation layers behind it, in the order in
+    which a forward calls them: by themselves those would save nothing, and always fit.
+    """
+    assert neurons.flops is not None
+    units: list[list[Tensor]] = []
+    for name in neurons.flops.order:
+        part = neurons[name]
+        multiplies = bool((neurons.flops.rows[part] > 0).any())
+        if not units or (multiplies and any((neurons.flops.rows[p] > 0).any() for p in units[-1])):
+            units.append([])
+        units[-1].append(torch.arange(part.start, part.stop))
+    return [torch.cat(unit) for unit in units]
+
+
 @dataclass(frozen=True, slots=True)
 class RandomLayers(_LayersInOrder):
-    """Control: whole layers stand still, drawn at random anew every epoch, as many as leave the
-    share `flops` of the dense backward's FLOPs, or a little more.
+    """Control: whole layers stand still, each with the norms behind it, drawn at random anew every
+    epoch, as many as leave the share `flops` of the dense backward's FLOPs, or a little more.
     """
 
     seed: int = 0
@@ -229,9 +243,9 @@ class RandomLayers(_LayersInOrder):
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """A draw that depends on (seed, epoch) alone, so that resuming needs no state."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        names = list(neurons)
-        drawn = torch.randperm(len(names), generator=generator).tolist()
-        return self._fitting([names[place] for place in drawn], neurons, skip=True)
+        units = _units(neurons)
+        drawn = torch.randperm(len(units), generator=generator).tolist()
+        return self._fitting([units[place] for place in drawn], neurons, skip=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +262,16 @@ class FreezeFirst(_LayersInOrder):
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """The first layers."""
         assert neurons.flops is not None
-        return self._fitting(neurons.flops.order, neurons, skip=False)
+        parts = [neurons[name] for name in neurons.flops.order]
+        layers = [torch.arange(part.start, part.stop) for part in parts]
+        return self._fitting(layers, neurons, skip=False)
 
 
 @dataclass(frozen=True, slots=True)
 class SlowestLayers(_LayersInOrder):
-    """Control: the layers of the smallest median |velocity| stand still, by rank instead of by a
-    threshold, as many as leave the share `flops` of the dense backward's FLOPs, or a little more.
+    """Control: the layers of the smallest median |velocity| stand still, each with the norms behind
+    it, by rank instead of by a threshold, as many as leave the share `flops` of the dense
+    backward's FLOPs, or a little more.
     """
 
     mu: float = 0.5
@@ -268,9 +285,9 @@ class SlowestLayers(_LayersInOrder):
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """The slowest layers; one with an undefined median trains."""
         speed = velocity.abs().nan_to_num(torch.inf)
-        medians = {name: median(speed[part].tolist()) for name, part in neurons.items()}
-        order = sorted((n for n in medians if medians[n] < torch.inf), key=medians.__getitem__)
-        return self._fitting(order, neurons, skip=True)
+        ranked = [(median(speed[unit].tolist()), unit) for unit in _units(neurons)]
+        ranked = sorted((pair for pair in ranked if pair[0] < torch.inf), key=lambda pair: pair[0])
+        return self._fitting([unit for _, unit in ranked], neurons, skip=True)
 
 
 def check_share(flops: float) -> None:

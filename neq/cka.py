@@ -54,9 +54,9 @@ class CkaSums:
             sums = self._sums.get(layer.name) or _Sums.zeros(layer.size, self._width, device)
             missing = torch.tensor([float(layer.name in self._unmatched)], device=device)
             total = add_up(torch.cat([missing.double(), sums.flat()]))
+            sums.fill(total[1:])
+            self.flops += sums.flops()
             if total[0] == 0:
-                sums.fill(total[1:])
-                self.flops += sums.flops()
                 values[layer.neurons] = sums.kappa().cpu()
         return values
 

@@ -23,7 +23,7 @@ from neq.timings import Timings
 
 # Names under which torch's optimizers keep their first moment (SGD, RMSprop; the Adam family).
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
-MOST_AXES = 8  # of a sample, as ranks tell each other its shape
+MOST_AXES = 8  # with which ranks tell each other the shape of a sample
 
 
 class NeuronFreezer:
@@ -71,6 +71,8 @@ class NeuronFreezer:
         if not self.neurons:
             raise ValueError("the model has no convolution, linear or normalisation layer")
         self.neurons.freezable = ~self.neurons.select(exclude)
+        if flops is not None and len(flops.rows) != len(self.neurons):
+            raise ValueError("flops were counted for another model")
         self.neurons.flops = flops
         self._check_policy()
         self._optimizer = optimizer
@@ -91,9 +93,9 @@ class NeuronFreezer:
         self.moved = torch.zeros_like(self.frozen)
         self.reading = Reading.undefined(len(self.neurons))
         self.cka: Reading | None = None
-        self._products = 0
+        self._cka_flops = 0
         self._warned = False
-        if self._wish("reading", "phi") == "cka":
+        if self._option("reading", "phi") == "cka":
             self.cka = Reading.undefined(len(self.neurons))
         self._before: dict[str, Tensor] | None = None
         self._gradients.freeze(self.frozen, self.timings)  # nobody yet: the plan is dense
@@ -102,11 +104,12 @@ class NeuronFreezer:
         """Read phi, delta-phi and velocity, then freeze and unfreeze for the coming epoch.
 
         `validation_batches`: input tensors [samples, …], or tuples that begin with one, as a
-        DataLoader yields them; not looked at by a policy that needs no velocity. Where
+        DataLoader yields them; not looked at by a policy that needs no velocity, but for the shape
+        of the first where it counts FLOPs. Where
         torch.distributed has several processes all of them call this, each with its share of the
         samples (no padding, no repeats): they get rank 0's buffers, one reading and one mask.
         """
-        if self._wish("needs_flops", False) and self.neurons.flops is None:
+        if self._option("needs_flops", False) and self.neurons.flops is None:
             validation_batches = self._count(validation_batches)
         if self.policy.needs_velocity:
             broadcast_buffers(self._model)
@@ -124,8 +127,9 @@ class NeuronFreezer:
         wanted = mask = torch.zeros_like(self.frozen)
         if self.epoch:
             velocity = (self.cka or self.reading).velocity
-            wanted = self.policy.frozen(self.epoch, self.neurons, velocity) & self.neurons.freezable
-            multiple, rounding = self._wish("align", 1), self._wish("rounding", "down")
+            chosen = self.policy.frozen(self.epoch, self.neurons, velocity)
+            wanted = self._checked(chosen) & self.neurons.freezable
+            multiple, rounding = self._option("align", 1), self._option("rounding", "down")
             mask = aligned(wanted, velocity, self.neurons, multiple, rounding)
         device = next(self._model.parameters()).device
         return broadcast(torch.stack([wanted, mask]).to(device))
@@ -133,7 +137,7 @@ class NeuronFreezer:
     def _read(self, before: dict[str, Tensor], batches: Iterable[Any]) -> None:
         """Take phi, and CKA where the policy asks for it, after an epoch."""
         how: dict[str, Any] = {"mu": self.policy.mu, "recursion": self.policy.recursion}
-        sums = None if self.cka is None else CkaSums(self.neurons, self._wish("width", 0))
+        sums = None if self.cka is None else CkaSums(self.neurons, self._option("width", 0))
         values = phi(self._model, before, batches, self.neurons, self.similarity, sums)
         self.reading = self.reading.advance(values, **how)
         if sums is None or self.cka is None:
@@ -148,7 +152,7 @@ class NeuronFreezer:
                 stacklevel=3,
             )
         self.cka = self.cka.advance(kappa, **how)
-        self._products = sums.flops
+        self._cka_flops = sums.flops
 
     def _count(self, batches: Iterable[Any]) -> Iterable[Any]:
         """Count what a backward costs; returns the batches, of which one has been looked at."""
@@ -156,31 +160,33 @@ class NeuronFreezer:
         with evaluation(self._model, device):  # a DataLoader draws on the global random stream
             rest = iter(batches)
             first = next(rest, None)
-            found = () if first is None else inputs_of(first, device).shape[1:]
-        # A rank may have no sample of its own.
-        padded = torch.tensor([*found, *[0] * (MOST_AXES - len(found))], device=device)
-        shape = tuple(size for size in largest(padded) if size)
-        if not shape:
+            mine = None if first is None else inputs_of(first, device).shape[1:]
+        # A rank may have no sample of its own: all take the shape of one that has.
+        told = [0] if mine is None else [1 + len(mine), *mine]
+        told += [0] * (MOST_AXES - len(told))
+        axes, *sizes = largest(torch.tensor(told, device=device))
+        if not axes:
             raise ValueError(
                 "the policy counts FLOPs, and needs one validation batch for its shape"
             )
+        shape = tuple(sizes[: axes - 1])
         self.neurons.flops = RequiredFlops.count(self._model, shape, self.neurons)
         self._check_policy()
         return rest if first is None else chain([first], rest)
 
-    def _wish(self, name: str, default: Any) -> Any:
+    def _option(self, name: str, default: Any) -> Any:
         """What the policy has to say beyond what each has to (see Policy)."""
         return getattr(self.policy, name, default)
 
     def _check_policy(self) -> None:
-        check = self._wish("check", None)
+        check = self._option("check", None)
         if check is not None:
             check(self.neurons)
 
     @property
-    def products_flops(self) -> int:
+    def cka_flops(self) -> int:
         """FLOPs of the products that the last `update` took for CKA, of all ranks."""
-        return self._products
+        return self._cka_flops
 
     @property
     def plan(self) -> dict[str, LayerPlan]:
@@ -193,14 +199,17 @@ class NeuronFreezer:
 
         Raises ValueError for a mask of another type or shape.
         """
+        before, self.frozen = self.frozen, self._checked(mask) & self.neurons.freezable
+        self._gradients.freeze(self.frozen, self.timings)
+        self._gradients.apply()
+        self._reset_first_moments(before | self.frozen)
+
+    def _checked(self, mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool or mask.shape != self.frozen.shape:
             raise ValueError(
                 f"mask must be bool [{len(self.neurons)}], got {mask.dtype} {list(mask.shape)}"
             )
-        before, self.frozen = self.frozen, mask.cpu() & self.neurons.freezable
-        self._gradients.freeze(self.frozen, self.timings)
-        self._gradients.apply()
-        self._reset_first_moments(before | self.frozen)
+        return mask.cpu()
 
     def _reset_first_moments(self, neurons: Tensor) -> None:
         for layer in self.neurons.layers:
@@ -222,22 +231,14 @@ class NeuronFreezer:
             # A closure runs the backward again inside the step, after this: even a parameter whose
             # gradient is None now may get one.
             frozen += self._gradients.wholly_frozen()
-        # On the CPU new memory costs page faults in every step: the last step's is used again.
-        last = {p: (rows, values) for p, rows, values in self._kept if not p.is_cuda}
-        kept = []
-        for parameter, rows in frozen:
-            old, values = last.get(parameter, (None, None))
-            if old is not rows or values is None or values.dtype != parameter.dtype:
-                values = None
-            kept.append((parameter, rows, torch.index_select(parameter, 0, rows, out=values)))
-        self._kept = kept
+        self._kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         # Weight decay and second moments move rows whose gradient is zero: put them back.
         for parameter, rows, values in self._kept:
             parameter.index_copy_(0, rows, values)
-        self._kept = [part for part in self._kept if not part[0].is_cuda]
+        self._kept = []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as copies: tensors and plain values."""

@@ -169,13 +169,10 @@ def _choose_work(layer: Layer, frozen: Tensor, cut: bool, timings: Timings) -> W
     if shape is None and not linear:
         return Work("dense", rows_for("dense", frozen, None), cut, None) if cut else None
     fewest = len(rows_for("gather", frozen, shape).index)
-    kernel = timings.kernel(layer.name, fewest, layer.size)
+    choose = timings.cut_kernel if cut else timings.kernel
+    kernel = choose(layer.name, fewest, layer.size)
     if kernel == "dense" and not cut:
         return None
-    if cut:
-        kernel = "gather" if kernel == "dense" else kernel
-        pays = timings.cut_pays(layer.name, fewest, layer.size, kernel)
-        kernel = kernel if pays else "dense"
     return Work(kernel, rows_for(kernel, frozen, shape), cut, shape)
 
 

@@ -18,21 +18,21 @@ from torch import Tensor
 class Kept:
     """The memory of a weight's full gradient, used again as soon as nobody else refers to it.
 
-    On the CPU new memory costs page faults, and its rows that are not computed have to be zeroed.
+    On the CPU new memory costs page faults.
     """
 
     def __init__(self) -> None:
         # One or none: a gradient, and its version when it was given away. pop() is atomic.
         self._last: list[tuple[Tensor, int]] = []
 
-    def take(self, like: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> tuple[Tensor, bool]:
-        """Memory for a gradient, and whether it still holds what was given away before."""
+    def take(self, like: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+        """Memory for a gradient like `like`, whatever is in it."""
         if _keeps(like, shape) and self._last:
             with suppress(IndexError):  # another thread was faster
-                full, version = self._last.pop()
+                full, _ = self._last.pop()
                 if _alone(full) and full.dtype == like.dtype and full.stride() == stride:
-                    return full, full._version == version
-        return like.new_empty_strided(shape, stride), False
+                    return full
+        return like.new_empty_strided(shape, stride)
 
     def give(self, full: Tensor) -> Tensor:
         """`full` to be returned by a backward: autograd makes it a parameter's `grad` as it is."""
@@ -42,7 +42,7 @@ class Kept:
         return full.detach()  # with another reference to the tensor itself autograd would copy it
 
     def holds(self, gradient: Tensor) -> bool:
-        """Whether `gradient` is what was given away last, and nobody has changed it since."""
+        """Whether `gradient` is what the backward has just given away, as it was."""
         return any(
             gradient.data_ptr() == full.data_ptr() and gradient._version == version
             for full, version in self._last
@@ -51,15 +51,24 @@ class Kept:
 
 def _keeps(gradient: Tensor, shape: torch.Size) -> bool:
     """Not what transforms wrap, what a graph goes on from, or what a CUDA stream may still read."""
-    if type(gradient) is not Tensor or not torch._C._has_storage(gradient):
-        return False
-    return gradient.device.type == "cpu" and not torch.is_grad_enabled() and len(shape) > 1
+    plain = type(gradient) is Tensor and torch._C._has_storage(gradient)
+    return (
+        plain and gradient.device.type == "cpu" and not torch.is_grad_enabled() and len(shape) > 1
+    )
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many refer to the memory of `tensor`, this call included; 0 where torch can't tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 0 if count is None else int(count(tensor.untyped_storage()._cdata))
+
+
+_ALONE = _uses(torch.empty(1))
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether no other tensor shares its memory: two references are its own and this call's."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count <= 2
+    """Whether no other tensor shares its memory."""
+    return 0 < _uses(tensor) <= _ALONE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,10 +104,8 @@ class Rows:
         """The full gradient of `shape` and `stride`: computed rows in their places, zeros
         elsewhere.
         """
-        full, zeroed = self.kept.take(computed, shape, stride)
-        if not zeroed:
-            full.index_fill_(0, self.others, 0)
-        full.index_copy_(0, self.index, computed)
+        full = self.kept.take(computed, shape, stride)
+        full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
         if len(self.fillers):
             full.index_fill_(0, self.fillers, 0)
         return self.kept.give(full)

@@ -243,7 +243,7 @@ class _ConvolutionFunction(Function):
             rows = work.rows.to(gradient.device)
             if needs_input and work.cut:
                 gradient, weight = _without(rows, gradient, weight)
-            return *_cleared(rows, *shape.gradients(gradient, x, weight, needed)), None
+            return *_zeroed(rows, *shape.gradients(gradient, x, weight, needed)), None
         by_input = by_weight = by_bias = None
         # From all channels, frozen or not: what flows through a frozen neuron still counts.
         if needs_input and not work.cut:
@@ -281,8 +281,11 @@ def _without(rows: Rows, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return gradient.index_fill(1, rows.fillers, 0), weight
 
 
-def _cleared(rows: Rows, by_input: Any, by_weight: Any, by_bias: Any) -> tuple[Any, Any, Any]:
-    """Fresh gradients of a layer, with zeros for rows that do not train."""
+def _zeroed(rows: Rows, by_input: Any, by_weight: Any, by_bias: Any) -> tuple[Any, Any, Any]:
+    """Fresh gradients of a layer, with zeros for rows that do not train.
+
+    No hook clears what `autograd.grad` returns.
+    """
     for computed in (by_weight, by_bias):
         if computed is not None:
             computed.index_fill_(0, rows.fillers, 0)
@@ -317,7 +320,7 @@ class _LinearFunction(Function):
             by_input = gradient @ weight if needs_input else None
             by_weight = gradient.t() @ x if needs_weight else None
             by_bias = gradient.sum(0) if needs_bias else None
-            return *_cleared(rows, by_input, by_weight, by_bias), None
+            return *_zeroed(rows, by_input, by_weight, by_bias), None
         chosen = rows.gather(gradient)
         by_input = by_weight = by_bias = None
         if needs_input:

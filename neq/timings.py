@@ -53,20 +53,21 @@ class Timings:
                 best, fastest = kernel, bound
         return best
 
-    def cut_pays(self, layer: str, rows: int, size: int, kernel: str = "gather") -> bool:
-        """Whether `kernel`, with the input gradient through `rows` alone, is faster than all rows
-        with the input gradient cut; a table from before that was timed has the plain backward's.
-        """
-        known = self.layers.get(layer, {})
+    def cut_kernel(self, layer: str, rows: int, size: int) -> str:
+        """As `kernel`, where the input gradient goes through those `rows` alone."""
+        known, chosen = self.layers.get(layer, {}), self.kernel(layer, rows, size)
         if size not in known.get("dense", {}):
-            return 2 * rows <= size
-        if kernel != "gather" and CUT not in known:
-            return True
+            return chosen
         seconds = _bound(known.get(CUT, {}), rows)
-        if kernel != "gather":  # only the weight gradient takes another time
-            seconds += _bound(known[kernel], rows) - _bound(known.get("gather", {}), rows)
         dense = known.get(CUT_DENSE, {}).get(size)
-        return seconds < (known["dense"][size] if dense is None else GAIN * dense)
+        if dense is None:  # a table from before that was timed: a trial keeps its plan
+            gathers = chosen == "dense" and seconds < known["dense"][size]
+            return "gather" if gathers else chosen
+        if chosen == "dense":
+            chosen = "gather"
+        else:  # only the weight gradient takes another time
+            seconds += _bound(known[chosen], rows) - _bound(known.get("gather", {}), rows)
+        return chosen if seconds < GAIN * dense else "dense"
 
     def to_json(self) -> dict[str, Any]:
         """The table as plain values; `from_json` reads them back."""

@@ -222,4 +222,4 @@ def test_wide_layers_are_read_in_blocks_that_all_must_stand_still(monkeypatch):
     assert (v[:4].abs() < 1e-9).all()
     assert (v[4:8].abs() > 1e-3).all()
     assert freezer.frozen.tolist() == [False] * 8 + [True] * 5
-    assert freezer.products_flops == 2 * 30 * 3 * (4**2 + 4**2 + 4**2 + 1)
+    assert freezer.cka_flops == 2 * 30 * 3 * (4**2 + 4**2 + 4**2 + 1)

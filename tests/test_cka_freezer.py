@@ -134,7 +134,7 @@ def readings(rank=0, world=1):
     for epoch in range(3):
         train_epoch(model, optimizer, [(x.double(), y) for x, y in random_batches(seed=epoch)])
         freezer.update(shares(rank, world))
-        seen.append((freezer.cka.phi, freezer.frozen.clone(), freezer.products_flops))
+        seen.append((freezer.cka.phi, freezer.frozen.clone(), freezer.cka_flops))
     return seen
 
 

@@ -313,3 +313,14 @@ def test_an_excluded_layer_stays_free_when_another_s_state_is_loaded(net):
     freezer.load_state_dict(state)
     assert not freezer.frozen[freezer.neurons["fc2"]].any()
     assert freezer.frozen[freezer.neurons["conv"]].all()
+
+
+def test_a_policy_with_a_mask_of_another_shape_is_refused(net):
+    class Wrong(neq.Everyone):
+        def frozen(self, epoch, neurons, velocity):
+            return torch.ones(1, dtype=torch.bool)
+
+    freezer = neq.NeuronFreezer(net, torch.optim.SGD(net.parameters(), lr=0.1), Wrong())
+    freezer.update()
+    with pytest.raises(ValueError, match="mask must be bool"):
+        freezer.update()

@@ -33,12 +33,12 @@ def trials(group=GROUP, **saved):
 
 
 def measures(by_group=(0.1, 0.2, 0.3)):
-    """Over two epochs each, of which the first is 0."""
+    """Over three epochs each: of the mask of the second, none of the third, and one never used."""
     rows = [
         {"trial": f"neq-group{seed}", "epoch": epoch, "name": name, "layer": None, "value": value}
         for seed, share in enumerate(by_group)
         for name, last in (("still_by_group_alone", share), ("still_by_neuron_alone", share / 2))
-        for epoch, value in enumerate((0.0, 2 * last))
+        for epoch, value in enumerate((3 * last, 0.0, 0.9))
     ]
     return pd.DataFrame(rows)
 
@@ -58,27 +58,35 @@ def test_against_the_single_neurons_of_the_same_parameters():
 
 
 @pytest.mark.parametrize(
-    "saved, start",
+    "saved, value, found, end",
     [
-        ((0.40, 0.45, 0.38), "Groups find what single neurons don't: neq-group saves +20.0 points"),
-        ((0.10, 0.11, 0.10), "Groups find less than single neurons: neq-group saves −10.7 points"),
-        ((0.10, 0.45, 0.20), "Whether groups find what single neurons don't is not clear: neq-"),
-        (
-            (0.40,),
-            "Whether groups find what single neurons don't is not clear: neq-group saves +20",
-        ),
+        ((0.40, 0.45, 0.38), 0.0, "20.0 points more", "at no loss of more than 0.5 points."),
+        ((0.40, 0.45, 0.38), -0.1, "20.0 points more", "and lose more than 0.5 points by it."),
+        ((0.10, 0.11, 0.10), 0.0, "10.7 points less", "Groups find less than single neurons."),
+        ((0.10, 0.45, 0.20), 0.0, "4.0 points more", "is not clear from this."),
+        ((0.40,), 0.0, "20.0 points more", "is not clear from this."),
     ],
 )
-def test_the_answer_in_words(saved, start):
-    (answer,) = groups_answer(grouped(trials(**{"neq-group": saved}), measures()[: 4 * len(saved)]))
-    assert answer.startswith(start)
-    assert answer.endswith(f"the other way round (n = {len(saved)}).")
+def test_the_answer_in_words(saved, value, found, end):
+    done = trials(**{"neq-group": saved})
+    done.loc[done["label"] == "neq-group", "value"] += value
+    rows = grouped(done, measures()[: 6 * len(saved)])
+    (answer,) = groups_answer(rows, "accuracy", 0.5)
+    start = "neq-group beside neq, which freezes single neurons by the same parameters: "
+    assert answer.startswith(start + found)
+    assert f"(n = {len(saved)})." in answer
+    assert answer.endswith(end)
+
+
+def test_many_methods_are_for_the_table():
+    rows = grouped(trials(), measures())
+    assert groups_answer(rows * 4, "accuracy", 0.5) == []
 
 
 def test_nothing_to_compare_with_is_said():
     rows = grouped(trials(GROUP | {"eps": 5e-3}), measures())
     assert rows[0].single is rows[0].saved_more is None
-    assert groups_answer(rows) == []
+    assert groups_answer(rows, "accuracy", 0.5) == []
     table = groups_table(rows, "accuracy")
     assert table.notes[0].endswith("by the same parameters: there is no Δ.")
     assert [cell.text for cell in table.rows[0]][-4:] == ["–"] * 4
@@ -100,7 +108,7 @@ def report(tmp_path_factory):
 
 def test_in_every_form(report):
     (section,) = sections(report)
-    assert any("single neurons" in answer for answer in section.answers)
+    assert any("which freezes single neurons" in answer for answer in section.answers)
     shown = [table.title for table in section.tables]
     assert "Groups beside single neurons" in shown
     assert shown.count("Recorded by the methods") == 1  # the CKA of layers

@@ -205,7 +205,7 @@ def test_the_freezer_follows_the_readings_of_its_groups(net):
     assert len(counts) > 1
     assert freezer.cka is None
     assert "cka" not in freezer.state_dict()
-    assert freezer.products_flops == 0
+    assert freezer.cka_flops == 0
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,27 @@ def residual():
     return resnet8()
 
 
+def units(index):
+    """Names of the layers with a product, each with the norms behind it."""
+    found = []
+    for name in index.flops.order:
+        if "bn" in name:
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return found
+
+
 def as_many_as_fit(index, order, share, *, skip):
-    """Names of the layers that stand still, taken one at a time."""
+    """Names of the layers that stand still, taken one unit at a time."""
     chosen = []
-    for name in order:
-        mask = index.select([*chosen, name])
+    for unit in order:
+        mask = index.select([*chosen, *unit]) & index.freezable
         if index.flops(mask) >= share * index.flops.dense:
-            chosen.append(name)
+            chosen += unit
         elif not skip:
             break
-    return chosen
+    return [name for name in index if name in chosen and index.freezable[index[name]].any()]
 
 
 def layers_of(mask, index):
@@ -34,13 +45,19 @@ def layers_of(mask, index):
     return [name for name, part in index.items() if mask[part].any()]
 
 
-def assert_as_near_as_another_layer_allows(mask, index, share):
+def assert_as_near_as_another_unit_allows(mask, index, share):
     assert index.flops(mask) >= share * index.flops.dense
-    for _, part in index.items():
-        if index.freezable[part].any() and not mask[part].any():
-            further = mask.clone()
-            further[part] = True
+    for unit in units(index):
+        further = mask | (index.select(unit) & index.freezable)
+        if not torch.equal(further, mask):
             assert index.flops(further) < share * index.flops.dense
+
+
+@pytest.mark.parametrize("policy", [neq.RandomLayers, neq.SlowestLayers, neq.FreezeFirst])
+def test_with_the_whole_share_nobody_stands_still(residual, policy):
+    """Norms neither, which cost nothing by themselves."""
+    index = indexed(residual, (1, 8, 8))
+    assert not policy(1.0).frozen(3, index, velocities(index, 0)).any()
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5])
@@ -53,7 +70,7 @@ def test_random_layers_depend_on_seed_and_epoch_alone(residual, share, exclude):
         mask = policy.frozen(epoch, index, nothing)
         draws.append(tuple(layers_of(mask, index)))
         assert not mask[~index.freezable].any()
-        assert_as_near_as_another_layer_allows(mask, index, share)
+        assert_as_near_as_another_unit_allows(mask, index, share)
     assert torch.equal(torch.get_rng_state(), stream)
     assert len(set(draws)) > 2
     again = neq.RandomLayers(share, seed=3).frozen(1, index, torch.zeros_like(nothing))
@@ -68,15 +85,18 @@ def test_the_slowest_layers_are_those_of_the_smallest_median(residual, share):
     index = indexed(residual, (1, 8, 8))
     for seed in range(4):
         v = velocities(index, seed, undefined=0.1)
-        v[index["conv1"]] = NAN  # its median is not defined
+        v[index["conv1"]] = v[index["bn1"]] = NAN  # their median is not defined
         speeds = {
-            name: median(math.inf if math.isnan(x) else abs(x) for x in v[part].tolist())
-            for name, part in index.items()
+            tuple(unit): median(
+                math.inf if math.isnan(x) else abs(x)
+                for name in unit
+                for x in v[index[name]].tolist()
+            )
+            for unit in units(index)
         }
-        order = [name for name in sorted(speeds, key=speeds.get) if name != "conv1"]
+        order = [unit for unit in sorted(speeds, key=speeds.get) if unit[0] != "conv1"]
         mask = neq.SlowestLayers(share).frozen(3, index, v)
-        expected = as_many_as_fit(index, order, share, skip=True)
-        assert layers_of(mask, index) == [name for name in index if name in expected]
+        assert layers_of(mask, index) == as_many_as_fit(index, order, share, skip=True)
         assert index.flops(mask) >= share * index.flops.dense
     assert not neq.SlowestLayers(share).frozen(1, index, torch.full_like(v, NAN)).any()
 
@@ -107,8 +127,9 @@ def test_freeze_first_goes_in_the_order_of_execution(share, frozen):
 def test_freeze_first_stops_where_the_next_layer_would_be_too_much(residual, share):
     index = indexed(residual, (1, 8, 8), exclude=["layer1.0.conv1"])
     mask = neq.FreezeFirst(share).frozen(1, index, None)
-    may = [name for name in index.flops.order if name != "layer1.0.conv1"]
-    assert layers_of(mask, index) == as_many_as_fit(index, may, share, skip=False)
+    assert layers_of(mask, index) == as_many_as_fit(
+        index, [[n] for n in index.flops.order], share, skip=False
+    )
 
 
 def test_a_layer_that_leaves_exactly_the_share_stands_still():

@@ -51,7 +51,7 @@ TABLE = {
 def test_the_fastest_kernel_at_the_next_larger_count(rows, kernel):
     timings = neq.Timings(TABLE)
     assert timings.kernel("fc", rows, 8) == kernel
-    assert timings.cut_pays("fc", rows, 8) == (rows <= 4)
+    assert timings.cut_kernel("fc", rows, 8) == kernel  # an old table: the trial keeps its plan
     again = neq.Timings.from_json(json.loads(json.dumps(timings.to_json())))
     assert again == timings
 
@@ -144,4 +144,16 @@ def test_measuring_a_frozen_stem_and_an_expanded_input():
 def test_a_table_of_other_sizes_is_not_used():
     assert neq.Timings(TABLE).kernel("fc", 2, 16) == "gather"
     assert neq.Timings(TABLE).kernel("fc", 9, 16) == "dense"
-    assert neq.Timings(TABLE).cut_pays("fc", 8, 16)
+    assert neq.Timings(TABLE).cut_kernel("fc", 8, 16) == "gather"
+
+
+def test_a_cut_through_rows_has_to_be_faster_than_a_dense_one():
+    known = {"dense": {8: 1.0}, "gather": {4: 0.9}, "cut": {4: 0.8}}
+    by_dense = {dense: known | {"cut/dense": {8: dense}} for dense in (1.0, 0.8)}
+    tables = {dense: neq.Timings({"fc": times}) for dense, times in by_dense.items()}
+    assert tables[1.0].cut_kernel("fc", 4, 8) == "gather"
+    assert tables[0.8].cut_kernel("fc", 4, 8) == "dense"
+    swaps = neq.Timings({"fc": by_dense[0.8] | {"swap": {4: 0.6}}})
+    assert swaps.cut_kernel("fc", 4, 8) == "swap"  # 0.8 + 0.6 - 0.9 with its weight gradient
+    old = neq.Timings({"fc": known | {"gather": {4: 0.99}}})
+    assert (old.kernel("fc", 4, 8), old.cut_kernel("fc", 4, 8)) == ("dense", "gather")

@@ -173,10 +173,12 @@ class Costs:
         trainable = (p for p in layer.parameters if p.requires_grad)
         return sum(1 << self._numbers[id(p)] for p in trainable)
 
-    def positions(self) -> dict[str, int]:
-        """Places of a sample at which a layer has an output, by the name of each that is called."""
+    def positions(self) -> dict[str, list[int]]:
+        """Places of a sample at which a layer has an output, by the name of each that is called: a
+        number for each of its calls.
+        """
         return {
-            cost.layer.name: sum(call.elements for call in cost.calls) // BATCH // cost.layer.size
+            cost.layer.name: [call.elements // BATCH // cost.layer.size for call in cost.calls]
             for cost in self._layers
         }
 

@@ -34,10 +34,10 @@ def _check_rows(training: Training, width: int) -> None:
     samples, neurons = training.samples["validation"], training.costs.neurons
     freezable = ~neurons.select(training.exclude)
     most = 0.0
-    for layer, positions in training.costs.positions().items():
+    for layer, calls in training.costs.positions().items():
         if bool(freezable[neurons[layer]].any()):
             size = min(neurons[layer].stop - neurons[layer].start, width)
-            most = max(most, samples * min(positions, POSITIONS) / size)
+            most = max(most, samples * sum(min(each, POSITIONS) for each in calls) / size)
     if most < 2:
         raise ValueError(
             f"CKA needs two rows for each neuron of a layer, and {samples} validation samples give "
@@ -69,7 +69,7 @@ class Freezing(Method):
             similarity=similarity,
             gradient=gradient,
             timings=training.timings,
-            flops=training.costs.required(),
+            flops=training.costs.required() if getattr(policy, "needs_flops", False) else None,
         )
 
     @property
@@ -95,7 +95,7 @@ class Freezing(Method):
         if not self.freezer.policy.needs_velocity:
             return {}
         deciding = self.training.costs.overhead(self.training.samples["validation"])
-        return {"overhead": usual["overhead"] + deciding + self.freezer.products_flops}
+        return {"overhead": usual["overhead"] + deciding + self.freezer.cka_flops}
 
     def measures(self) -> Measures:
         """See Method: what alignment moved, the CKA of layers, and what groups find."""
@@ -106,7 +106,7 @@ class Freezing(Method):
         if freezer.cka is not None:
             for name, part in freezer.neurons.items():
                 found["cka", name] = float(freezer.cka.phi[part].mean())
-        if isinstance(policy, neq.GroupEquilibrium):
+        if isinstance(policy, neq.GroupEquilibrium) and policy.reading == "phi":
             found.update(_beside_neurons(policy, freezer))
         return found
 

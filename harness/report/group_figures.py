@@ -47,8 +47,8 @@ def _still(
     axis.set_ylabel("layers that stand still whole")
     legend(figure, axis)
     caption = (
-        "the share of layers of which every neuron stands still, by epoch: what hardware saves at "
-        "once; means over seeds, bands from the lowest to the highest."
+        "the share of all layers, the head included, of which every neuron stands still, by epoch: "
+        "what any hardware saves; means over seeds, bands from the lowest to the highest."
     )
     return of.picture("still", caption, figure)
 
@@ -56,7 +56,7 @@ def _still(
 def _beside_phi(layers: pd.DataFrame, kappa: pd.DataFrame, of: GroupLabel) -> Picture:
     """By its first seed, of the first method that reads CKA."""
     first = kappa["trial"].iloc[0]
-    label = kappa["label"].iloc[0]
+    label = f"{kappa['label'].iloc[0]}, seed {kappa['seed'].iloc[0]}"
     mine = kappa[kappa["trial"] == first]
     phi = layers[(layers["trial"] == first) & layers["phi_quantiles"].notna()]
     middle = QUANTILES.index(0.5)
@@ -71,7 +71,7 @@ def _beside_phi(layers: pd.DataFrame, kappa: pd.DataFrame, of: GroupLabel) -> Pi
         axis.fill_between(away.index, away[0.25], away[0.75], color=colour, alpha=0.15)
     axis.set_yscale("log")
     axis.set_xlabel("epoch")
-    axis.set_ylabel("away from the last epoch")
+    axis.set_ylabel("1 − similarity to the epoch before")
     legend(figure, axis)
     caption = (
         f"{label}: how far layers have moved in an epoch, by the linear CKA κ of their outputs and "

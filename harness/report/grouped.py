@@ -1,24 +1,24 @@
 """What groups at equilibrium find that single neurons don't: as numbers, a table and a sentence."""
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from harness.report.intervals import Interval, difference, direction, interval
+from harness.report.intervals import Interval, difference, direction, interval, verdict
 from harness.report.per_trial import by_seed
 from harness.report.tables import Cell, Column, Table
 from harness.report.words import NONE, percent, signed, signed_interval
 
 MEASURES = ("still_by_group_alone", "still_by_neuron_alone")
-ALIKE = ("eps", "mu", "recursion", "gradient", "align", "rounding")
+ALIKE = ("eps", "mu", "recursion", "similarity", "gradient", "align", "rounding")
+MOST = 3  # methods that a sentence is said of; of more, the table tells
 NOTE = (
-    "Of all neurons that may freeze, mean over epochs. with group: those that stood still because "
-    "their group did, while their own velocity was above eps; on their own: those below eps whose "
-    "group trained. Δ: to freezing single neurons by the same eps (method {single}), with its "
-    "95 % interval: of the backward saved, deciding counted in, and of {metric}."
+    "Of all neurons that may freeze, mean over all epochs. with group: those that stood still "
+    "because their group did, while their own velocity was above eps; on their own: those below "
+    "eps whose group trained. Δ: to freezing single neurons by the same parameters ({single}): of "
+    "the backward saved, deciding counted in, and of {metric}. All with 95 % intervals over seeds."
 )
 ALONE = "No method freezes single neurons by the same parameters: there is no Δ."
 
@@ -47,11 +47,15 @@ def grouped(done: pd.DataFrame, measures: pd.DataFrame) -> list[GroupedRow]:
     `done`: finished trials of a group (`per_trial`); `measures`: rows of that table.
     """
     known = measures[measures["name"].isin(MEASURES) & measures["trial"].isin(done["trial"])]
-    means = known.groupby(["trial", "name"])["value"].mean().unstack("name")
+    last = known.groupby("trial")["epoch"].transform("max")
+    in_force = known["value"].where(known["epoch"] < last, 0.0)  # the last mask never was
+    shifted = known.assign(value=in_force)  # and nobody stood still in epoch 0
+    means = shifted.groupby(["trial", "name"])["value"].mean().unstack("name")
     rows = []
     for label, mine in done[done["trial"].isin(means.index)].groupby("label", sort=False):
         shares = [interval(means.loc[mine["trial"], name].tolist()) for name in MEASURES]
         other = _single(done, json.loads(mine["parameters"].iloc[0]))
+        other = other[other["label"] == other["label"].min()]
         rows.append(
             GroupedRow(
                 label=str(label),
@@ -86,7 +90,9 @@ def groups_table(rows: list[GroupedRow], metric: str) -> Table:
             Column("method", text=True),
             Column("n", wide=True),
             Column("with group", "% neurons"),
+            Column("95 %", "%", wide=True),
             Column("on their own", "% neurons"),
+            Column("95 %", "%", wide=True),
             Column("Δ saved", "pp"),
             Column("95 %", "pp", wide=True),
             Column(f"Δ {metric}", "pp"),
@@ -101,11 +107,22 @@ def _row(row: GroupedRow) -> list[Cell]:
     return [
         Cell(row.label),
         Cell(str(row.by_group.n), row.by_group.n),
-        Cell(percent(row.by_group.mean), row.by_group.mean),
-        Cell(percent(row.by_neuron.mean), row.by_neuron.mean),
+        *_share_cells(row.by_group),
+        *_share_cells(row.by_neuron),
         *_difference(row.saved_more),
         *_difference(row.metric_more),
     ]
+
+
+def _share_cells(found: Interval) -> list[Cell]:
+    return [Cell(percent(found.mean), found.mean), Cell(_ends(found), found.low)]
+
+
+def _ends(found: Interval) -> str:
+    """A share's interval, which lies between 0 and 1, in per cent."""
+    if found.low is None or found.high is None:
+        return NONE
+    return f"[{percent(max(found.low, 0.0))}, {percent(min(found.high, 1.0))}]"
 
 
 def _difference(found: Interval | None) -> list[Cell]:
@@ -115,38 +132,42 @@ def _difference(found: Interval | None) -> list[Cell]:
     return [Cell(signed(found.mean), found.mean), Cell(text, found.low)]
 
 
-def groups_answer(rows: list[GroupedRow]) -> list[str]:
-    """The answer to whether groups are at equilibrium where single neurons are not, in a sentence
-    for the method that differs most from single neurons; none where nothing is compared.
+def groups_answer(rows: list[GroupedRow], metric: str, margin: float) -> list[str]:
+    """Whether groups are at equilibrium where single neurons are not: a sentence for each method
+    that can be compared, none where they are many. `margin`: in points of the metric.
     """
-    compared = [row for row in rows if row.saved_more and math.isfinite(row.saved_more.mean)]
-    if not compared:
-        return []
-    row = max(compared, key=lambda each: each.saved_more.mean if each.saved_more else 0.0)
-    assert row.saved_more is not None
-    words = {
-        "above": f"Groups find what single neurons don't: {row.label}",
-        "below": f"Groups find less than single neurons: {row.label}",
-    }
-    start = words.get(
-        direction(row.saved_more, 0.0) or "",
-        f"Whether groups find what single neurons don't is not clear: {row.label}",
+    compared = [row for row in rows if row.saved_more and row.metric_more]
+    return [_answer(row, metric, margin) for row in compared] if len(compared) <= MOST else []
+
+
+def _answer(row: GroupedRow, metric: str, margin: float) -> str:
+    saved, kept = row.saved_more, row.metric_more
+    assert saved is not None
+    assert kept is not None
+    more = f"{100 * abs(saved.mean):.1f} points {'more' if saved.mean >= 0 else 'less'}"
+    return (
+        f"{row.label} beside {row.single}, which freezes single neurons by the same parameters: "
+        f"{more} of the backward saved{_between(saved)}, {metric} {signed(kept.mean)} points"
+        f"{_between(kept)} (n = {saved.n}). {percent(row.by_group.mean)} % of the neurons stand "
+        f"still with their group {_ends(row.by_group)} whose own velocity is above eps, "
+        f"{percent(row.by_neuron.mean)} % the other way round {_ends(row.by_neuron)}. "
+        f"{_conclusion(saved, kept, margin)}"
     )
-    return [
-        f"{start} saves {signed(row.saved_more.mean, 1)} points of the backward beside {row.single}"
-        f"{_between(row.saved_more)}, and {_share(row.by_group)} of the neurons stand still "
-        "with their group that would train on their own, against "
-        f"{_share(row.by_neuron)} the other way round (n = {row.saved_more.n})."
-    ]
+
+
+def _conclusion(saved: Interval, kept: Interval, margin: float) -> str:
+    where = direction(saved, 0.0)
+    if where == "below":
+        return "Groups find less than single neurons."
+    judged = verdict(kept, margin / 100)
+    if where == "above" and judged == "keeps":
+        return f"Groups find what single neurons don't, at no loss of more than {margin:g} points."
+    if where == "above" and judged == "loses":
+        return f"Groups save more, and lose more than {margin:g} points by it."
+    return "Whether groups find what single neurons don't is not clear from this."
 
 
 def _between(found: Interval) -> str:
     if found.low is None or found.high is None:
         return ""
-    return f", between {signed(found.low, 1)} and {signed(found.high, 1)}"
-
-
-def _share(found: Interval) -> str:
-    if found.low is None or found.high is None:
-        return f"{percent(found.mean)} %"
-    return f"{percent(found.mean)} % ({percent(max(found.low, 0.0))} to {percent(found.high)} %)"
+    return f" [{signed(found.low)}, {signed(found.high)}]"

@@ -75,11 +75,16 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         title=f"{table.suite}{point}: {table.title}",
         group=table.group,
         facts=_facts(table, named=named),
-        answers=[*answers(table), *groups_answer(table.grouped)],
+        answers=[*answers(table), *_of_groups(table)],
         tables=made,
         notes=notes,
         alerts=alerts,
     )
+
+
+def _of_groups(table: GroupTable) -> list[str]:
+    """None of what was trained on noise."""
+    return [] if table.synthetic else groups_answer(table.grouped, table.metric, table.margin)
 
 
 def _facts(table: GroupTable, *, named: bool) -> list[str]:

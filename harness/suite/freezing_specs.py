@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from harness.suite.fields import added
 from harness.suite.spec import Spec
@@ -99,13 +99,7 @@ class NeqSpec(AlignedSpec):
         """The policy that freezes neurons at equilibrium."""
         import neq
 
-        return neq.AtEquilibrium(
-            eps=self.eps,
-            mu=self.mu,
-            recursion=self.recursion,
-            align=self.align,
-            rounding=self.rounding,
-        )
+        return neq.AtEquilibrium(self.eps, self.mu, self.recursion, self.align, self.rounding)
 
 
 class RandomSpec(FreezingSpec):
@@ -214,25 +208,13 @@ class NeqBudgetSpec(GroupedSpec):
     flops: Flops
     groups: Groups = "neurons"
 
-    @model_validator(mode="after")
-    def _keeps(self) -> "NeqBudgetSpec":
-        if self.rounding == "up" and self.align > 1:
-            raise ValueError('rounding: "up" lets more train than the budget allows; take "down"')
-        return self
-
     def policy(self, seed: int) -> "neq.Policy":
         """The policy that keeps the budget."""
         import neq
 
         if self.groups != "neurons":
             return neq.Budget(self.grouped(), self.flops)
-        single = neq.AtEquilibrium(
-            eps=self.eps,
-            mu=self.mu,
-            recursion=self.recursion,
-            align=self.align,
-            rounding=self.rounding,
-        )
+        single = neq.AtEquilibrium(self.eps, self.mu, self.recursion, self.align, self.rounding)
         return neq.Budget(single, self.flops)
 
 
