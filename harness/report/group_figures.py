@@ -12,6 +12,8 @@ from harness.report.style import COLOURS, WIDTH, GroupLabel, Look, Picture, lege
 from harness.storage.frames import Results
 from harness.storage.schema import QUANTILES
 
+BANDS = 4  # methods, up to which the spread over seeds can be told apart
+
 
 def group_pictures(
     done: pd.DataFrame, looks: dict[str, Look], results: Results, of: GroupLabel
@@ -48,7 +50,8 @@ def _still(
     legend(figure, axis)
     caption = (
         "the share of all layers, the head included, of which every neuron stands still, by epoch: "
-        "what any hardware saves; means over seeds, bands from the lowest to the highest."
+        "what any hardware saves; means over seeds"
+        + (", bands from the lowest to the highest." if len(labels) <= BANDS else ".")
     )
     return of.picture("still", caption, figure)
 

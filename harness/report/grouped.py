@@ -148,11 +148,15 @@ def _answer(row: GroupedRow, metric: str, margin: float) -> str:
     return (
         f"{row.label} beside {row.single}, which freezes single neurons by the same parameters: "
         f"{more} of the backward saved{_between(saved)}, {metric} {signed(kept.mean)} points"
-        f"{_between(kept)} (n = {saved.n}). {percent(row.by_group.mean)} % of the neurons stand "
-        f"still with their group {_ends(row.by_group)} whose own velocity is above eps, "
-        f"{percent(row.by_neuron.mean)} % the other way round {_ends(row.by_neuron)}. "
-        f"{_conclusion(saved, kept, margin)}"
+        f"{_between(kept)} (n = {saved.n}). With their group {_share(row.by_group)} of the neurons "
+        "stand still whose own velocity is above eps; the other way round it is "
+        f"{_share(row.by_neuron)}. {_conclusion(saved, kept, margin)}"
     )
+
+
+def _share(found: Interval) -> str:
+    ends = _ends(found)
+    return f"{percent(found.mean)} %" + ("" if ends == NONE else f" {ends}")
 
 
 def _conclusion(saved: Interval, kept: Interval, margin: float) -> str:
