@@ -60,9 +60,9 @@ def test_against_the_single_neurons_of_the_same_parameters():
 @pytest.mark.parametrize(
     "saved, value, found, end",
     [
-        ((0.40, 0.45, 0.38), 0.0, "20.0 points more", "at no loss of more than 0.5 points."),
+        ((0.40, 0.45, 0.38), 0.0, "20.0 points more", "and lose no more than 0.5 points by it."),
         ((0.40, 0.45, 0.38), -0.1, "20.0 points more", "and lose more than 0.5 points by it."),
-        ((0.10, 0.11, 0.10), 0.0, "10.7 points less", "Groups find less than single neurons."),
+        ((0.10, 0.11, 0.10), 0.0, "10.7 points less", "Groups save less than single neurons."),
         ((0.10, 0.45, 0.20), 0.0, "4.0 points more", "is not clear from this."),
         ((0.40,), 0.0, "20.0 points more", "is not clear from this."),
     ],

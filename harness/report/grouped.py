@@ -162,13 +162,15 @@ def _share(found: Interval) -> str:
 def _conclusion(saved: Interval, kept: Interval, margin: float) -> str:
     where = direction(saved, 0.0)
     if where == "below":
-        return "Groups find less than single neurons."
+        return "Groups save less than single neurons."
     judged = verdict(kept, margin / 100)
     if where == "above" and judged == "keeps":
-        return f"Groups find what single neurons don't, at no loss of more than {margin:g} points."
+        return (
+            f"Groups save more than single neurons, and lose no more than {margin:g} points by it."
+        )
     if where == "above" and judged == "loses":
         return f"Groups save more, and lose more than {margin:g} points by it."
-    return "Whether groups find what single neurons don't is not clear from this."
+    return "Whether groups save more than single neurons, at no loss, is not clear from this."
 
 
 def _between(found: Interval) -> str:
