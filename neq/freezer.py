@@ -105,9 +105,9 @@ class NeuronFreezer:
 
         `validation_batches`: input tensors [samples, …], or tuples that begin with one, as a
         DataLoader yields them; not looked at by a policy that needs no velocity, but for the shape
-        of the first where it counts FLOPs. Where
-        torch.distributed has several processes all of them call this, each with its share of the
-        samples (no padding, no repeats): they get rank 0's buffers, one reading and one mask.
+        of the first where it counts FLOPs. Where torch.distributed has several processes all of
+        them call this, each with its share of the samples (no padding, no repeats): they get rank
+        0's buffers, one reading and one mask.
         """
         if self._option("needs_flops", False) and self.neurons.flops is None:
             validation_batches = self._count(validation_batches)
