@@ -58,7 +58,7 @@ def measures(root, suite="digits"):
     return dict(iter(rows.groupby("name")))
 
 
-@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("method", [*METHODS, "aligned"])
 def test_resumed_equals_uninterrupted(tmp_path, method):
     spec = trial(method)
     run(spec, tmp_path / "through")

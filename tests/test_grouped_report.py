@@ -100,7 +100,7 @@ def test_without_methods_that_decide_by_groups_there_is_nothing():
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("results")
     groups = ["methods.neq-group.eps=0.01", "methods.neq-cka={eps=0.02}"]
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         for method in ("baseline", "neq", "neq-group", "neq-cka"):
             run(small(method, *groups, seed=seed), root)
     return load_report(stores_named([str(root / "digits")], str(root)))
