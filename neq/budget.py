@@ -11,7 +11,7 @@ from neq.alignment import Rounding
 from neq.equilibrium import Recursion
 from neq.groups import GroupEquilibrium, members
 from neq.neurons import NeuronIndex
-from neq.policies import AtEquilibrium, check_mu
+from neq.policies import AtEquilibrium, NoVelocity, check_mu, generator_of
 from neq.required import RequiredFlops
 
 
@@ -31,7 +31,7 @@ class Budget:
     needs_flops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_share(self.flops)
+        _check_share(self.flops)
         if self.align > 1 and self.rounding == "up":
             raise ValueError("rounding 'up' lets more train than the budget allows; take 'down'")
 
@@ -69,7 +69,7 @@ class Budget:
         """Raises ValueError where the groups do not fit, or the budget is out of reach."""
         if isinstance(self.policy, GroupEquilibrium):
             self.policy.check(neurons)
-        check_reach(self.flops, neurons)
+        _check_reach(self.flops, neurons)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """Those at equilibrium, and as many more as the budget takes."""
@@ -78,9 +78,10 @@ class Budget:
         speed = velocity.abs().nan_to_num(torch.inf)
         if not isinstance(self.policy, GroupEquilibrium):
             return _fill_by_rows(frozen, speed, neurons, self.flops * neurons.flops.dense)
+        groups = []
         for group, value in self.policy.speeds(neurons, velocity):
             speed[group] = value
-        groups = members(self.policy.groups, neurons)
+            groups.append(group)
         return _fill_by_groups(frozen, speed, groups, neurons, self.flops * neurons.flops.dense)
 
 
@@ -195,11 +196,11 @@ class _LayersInOrder:
     needs_flops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_share(self.flops)
+        _check_share(self.flops)
 
     def check(self, neurons: NeuronIndex) -> None:
         """Raises ValueError where that share is out of reach."""
-        check_reach(self.flops, neurons)
+        _check_reach(self.flops, neurons)
 
     def _fitting(self, units: list[Tensor], neurons: NeuronIndex, *, skip: bool) -> Tensor:
         """The `units` that fit, in their order; at one that does not, end, or `skip` it."""
@@ -230,34 +231,26 @@ def _units(neurons: NeuronIndex) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class RandomLayers(_LayersInOrder):
+class RandomLayers(_LayersInOrder, NoVelocity):
     """Control: whole layers stand still, each with the norms behind it, drawn at random anew every
     epoch, as many as leave the share `flops` of the dense backward's FLOPs, or a little more.
     """
 
     seed: int = 0
-    needs_velocity: ClassVar[bool] = False
-    mu: ClassVar[float] = 0.0
-    recursion: ClassVar[Recursion] = "paper"
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """A draw that depends on (seed, epoch) alone, so that resuming needs no state."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         units = _units(neurons)
-        drawn = torch.randperm(len(units), generator=generator).tolist()
+        drawn = torch.randperm(len(units), generator=generator_of(self.seed, epoch)).tolist()
         return self._fitting([units[place] for place in drawn], neurons, skip=True)
 
 
 @dataclass(frozen=True, slots=True)
-class FreezeFirst(_LayersInOrder):
+class FreezeFirst(_LayersInOrder, NoVelocity):
     """Control: from epoch 1 on the layers nearest to the input stand still, in the order in which
     a forward calls them, as many as leave the share `flops` of the dense backward's FLOPs, or a
     little more.
     """
-
-    needs_velocity: ClassVar[bool] = False
-    mu: ClassVar[float] = 0.0
-    recursion: ClassVar[Recursion] = "paper"
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """The first layers."""
@@ -279,7 +272,7 @@ class SlowestLayers(_LayersInOrder):
     needs_velocity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_share(self.flops)
+        _check_share(self.flops)
         check_mu(self.mu, self.recursion)
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
@@ -290,13 +283,13 @@ class SlowestLayers(_LayersInOrder):
         return self._fitting([unit for _, unit in ranked], neurons, skip=True)
 
 
-def check_share(flops: float) -> None:
+def _check_share(flops: float) -> None:
     """Raises ValueError for a share outside (0, 1]."""
     if not 0 < flops <= 1:
         raise ValueError(f"flops must be a share above 0 and at most 1, got {flops}")
 
 
-def check_reach(flops: float, neurons: NeuronIndex) -> None:
+def _check_reach(flops: float, neurons: NeuronIndex) -> None:
     """Raises ValueError where the backward needs more even with all frozen that may freeze."""
     if neurons.flops is None:
         return

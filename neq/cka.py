@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neq.evaluation import by_sample
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
 
@@ -133,12 +134,9 @@ def _rows(output: Tensor, layer: Layer, samples: int) -> tuple[Tensor, ...]:
 
     Where samples are not its outermost axis, as many positions are drawn of the whole batch.
     """
-    last = output.detach().movedim(layer.axis, -1)
-    outermost = last.shape[0] if last.dim() > 1 else 1
-    each = samples if outermost % samples == 0 and last.dim() > 1 else 1
-    by_sample = torch.unflatten(last if last.dim() > 1 else last[None], 0, (each, -1))
-    flat = by_sample.reshape(each, -1, layer.size)
-    most = POSITIONS * samples // each
+    parted = by_sample(output, layer.axis, samples)
+    flat = parted.reshape(len(parted), -1, layer.size)
+    most = POSITIONS * samples // len(parted)
     if flat.shape[1] > most:
         flat = flat[:, _drawn(layer.name, flat.shape[1], most).to(output.device)]
     return torch.split(flat.reshape(-1, layer.size), max(CHUNK // layer.size, 1))

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neq.cka import CkaSums
-from neq.evaluation import Hook, State, arguments, evaluation, hooked, inputs_of, state_of
+from neq.evaluation import (
+    Hook,
+    State,
+    arguments,
+    by_sample,
+    evaluation,
+    hooked,
+    inputs_of,
+    state_of,
+)
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
 
@@ -195,9 +204,8 @@ def _sums(a: Tensor, b: Tensor, axis: int, samples: int) -> Tensor:
     """(a·b, a·a, b·b) by sample and neuron: float64 [3, samples, neurons]; one row where samples
     are not the outermost axis.
     """
-    rows = samples if a.dim() > 1 and a.movedim(axis, -1).shape[0] % samples == 0 else 1
-    a, b = (torch.unflatten(x.detach().movedim(axis, -1), 0, (rows, -1)) for x in (a, b))
-    parts = []
+    a, b = (by_sample(x, axis, samples) for x in (a, b))
+    rows, parts = len(a), []
     length = max(CHUNK * rows // max(a.numel(), 1), 1)
     for part in zip(torch.split(a, length), torch.split(b, length), strict=True):
         x, y = (p.to(torch.float64).reshape(len(p), -1, p.shape[-1]) for p in part)

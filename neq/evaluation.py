@@ -41,6 +41,15 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def by_sample(output: Tensor, axis: int, samples: int) -> Tensor:
+    """A layer's output with its neurons, which lie at `axis`, last, and by sample: [samples, …,
+    neurons]; one row of all where samples are not the outermost axis.
+    """
+    last = output.detach().movedim(axis, -1)
+    rows = samples if last.dim() > 1 and last.shape[0] % samples == 0 else 1
+    return torch.unflatten(last, 0, (rows, -1))
+
+
 Hook = Callable[[nn.Module, Any, Tensor], None]
 
 

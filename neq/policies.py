@@ -46,14 +46,16 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _NoVelocity:
+class NoVelocity:
+    """What a policy has that looks at no velocity."""
+
     needs_velocity: ClassVar[bool] = False
     mu: ClassVar[float] = 0.0
     recursion: ClassVar[Recursion] = "paper"
 
 
 @dataclass(frozen=True, slots=True)
-class Everyone(_NoVelocity):
+class Everyone(NoVelocity):
     """All neurons train: plain training."""
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class Everyone(_NoVelocity):
 
 
 @dataclass(frozen=True, slots=True)
-class FreezeAfter(_NoVelocity):
+class FreezeAfter(NoVelocity):
     """All neurons stand still from the given epoch (counted from 0) on."""
 
     epoch: int
@@ -77,7 +79,7 @@ class FreezeAfter(_NoVelocity):
 
 
 @dataclass(frozen=True, slots=True)
-class Random(_NoVelocity):
+class Random(NoVelocity):
     """Freezes floor((1 − keep) · C) of the C neurons of each layer, drawn anew every epoch."""
 
     keep: float
@@ -88,7 +90,7 @@ class Random(_NoVelocity):
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """A draw that depends on (seed, epoch) alone, so that resuming needs no state."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        generator = generator_of(self.seed, epoch)
         mask = torch.zeros(len(neurons), dtype=torch.bool)
         for _, part in neurons.items():
             size = part.stop - part.start
@@ -148,6 +150,11 @@ class SmallestVelocity:
             slowest = torch.argsort(speed[part], stable=True)
             mask[part.start + slowest[: _share(self.keep, part.stop - part.start)]] = True
         return mask & ~velocity.isnan()
+
+
+def generator_of(seed: int, epoch: int) -> torch.Generator:
+    """The random stream of an epoch's draws, which follows from (seed, epoch) alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
 def _share(keep: float, size: int) -> int:

@@ -5,19 +5,26 @@ import copy
 import pytest
 import torch
 from test_together import own, together  # noqa: F401 — `own` is a fixture
-from trials import NARROW, SMALL, assert_same_results, results, run
+from trials import (
+    NARROW,
+    SMALL,
+    assert_same_results,
+    results,
+    run,
+    run_by_ray_in_two_goes,
+)
 
 import neq
 from harness import load_results
 from harness.errors import UserError
-from harness.flops.costs import BATCH, count_costs
+from harness.flops.costs import count_costs
 from harness.flops.oracle import backward_flops_by_torch
-from harness.run.executors import Ray
 from harness.run.preflight import preflight
 from harness.run.trials import specs
-from harness.storage.schema import EpochRecord, Failure
+from harness.storage.schema import Failure
 from harness.storage.store import Store
 from harness.suite.freezing_specs import NeqBudgetSpec, NeqSpec
+from neq.required import BATCH
 from suites.resnet import resnet8
 
 METHODS = {
@@ -162,12 +169,7 @@ def test_under_ray_stopped_and_resumed(tmp_path, shared_ray):
     for spec in chosen:
         run(spec, tmp_path / "through")
     run(chosen[0], tmp_path / "ray", epochs=1)
-    events = Ray().run(chosen, str(tmp_path / "ray"))
-    seen = (event for _, event in events if isinstance(event, EpochRecord))
-    assert [next(seen).epoch for _ in range(3)]
-    events.close()
-    done = [event for _, event in Ray().run(chosen, str(tmp_path / "ray"))]
-    assert not [event for event in done if isinstance(event, Failure)]
+    run_by_ray_in_two_goes(chosen, tmp_path / "ray")
     for spec in chosen:
         assert_same_results(spec, tmp_path / "through", tmp_path / "ray")
 

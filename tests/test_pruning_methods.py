@@ -7,16 +7,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_together import own, together  # noqa: F401 — `own` is a fixture
-from trials import NARROW, SMALL, assert_same_results, keep_tuning, render, results, run
+from trials import (
+    NARROW,
+    SMALL,
+    assert_same_results,
+    keep_tuning,
+    render,
+    results,
+    run,
+    run_by_ray_in_two_goes,
+)
 
 from harness import load_results
 from harness.errors import UserError
 from harness.report.model import load_report
-from harness.run.executors import Inline, Ray
+from harness.run.executors import Inline
 from harness.run.preflight import preflight
 from harness.run.trials import specs
 from harness.storage.frames import stores_named
-from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite.parts import build_model
 
@@ -109,12 +117,7 @@ def test_under_ray_stopped_and_resumed(tmp_path, shared_ray):
     chosen = [narrow(method) for method in ("serene", "gradual", "lottery")]
     for root in ("ray", "through"):
         keep_tuning(chosen[0], tmp_path / root)
-    events = Ray().run(chosen, str(tmp_path / "ray"))
-    seen = (event for _, event in events if isinstance(event, EpochRecord))
-    assert [next(seen).epoch for _ in range(3)]
-    events.close()
-    done = [event for _, event in Ray().run(chosen, str(tmp_path / "ray"))]
-    assert not [event for event in done if isinstance(event, Failure)]
+    run_by_ray_in_two_goes(chosen, tmp_path / "ray")
     for spec in chosen:
         run(spec, tmp_path / "through")
         assert_same_results(spec, tmp_path / "through", tmp_path / "ray")

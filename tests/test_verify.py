@@ -8,8 +8,9 @@ from test_flops import MODELS, _Apply
 from torch import nn
 
 import neq
-from harness.flops.costs import BATCH, count_costs
+from harness.flops.costs import count_costs
 from harness.flops.oracle import Rules, backward_flops_by_torch
+from neq.required import BATCH
 from suites.resnet import resnet8
 
 SAME = nn.Sequential(

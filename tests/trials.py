@@ -15,9 +15,11 @@ from rich.console import Console
 from harness.report import model, terminal
 from harness.report.sections import sections
 from harness.run.attempt import attempt
+from harness.run.executors import Ray
 from harness.run.trials import specs
 from harness.storage.provenance import Slot
 from harness.storage.requests import Request, keep_request
+from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite import parts
 from harness.train import tuning
@@ -67,6 +69,16 @@ def toy(toys, method, *settings, seed=0):
     """One trial of the suite in the folder of the fixture `toys`."""
     (spec,) = specs(str(toys), settings, method, str(seed))
     return spec
+
+
+def run_by_ray_in_two_goes(chosen, root):
+    """Broken off after three records, then finished; none fails."""
+    events = Ray().run(chosen, str(root))
+    seen = (event for _, event in events if isinstance(event, EpochRecord))
+    assert [next(seen).epoch for _ in range(3)]
+    events.close()
+    done = [event for _, event in Ray().run(chosen, str(root))]
+    assert not [event for event in done if isinstance(event, Failure)]
 
 
 def keep_tuning(spec, root):

@@ -9,9 +9,9 @@ from rich.table import Table
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.flops.costs import BATCH
 from harness.flops.oracle import backward_flops_by_torch
 from harness.flops.subject import Subject
+from neq.required import BATCH
 
 
 @dataclass(frozen=True, slots=True)

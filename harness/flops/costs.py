@@ -17,8 +17,8 @@ import neq
 from harness.flops.fvcore_counts import ForwardCounts
 from neq import Layer, LayerPlan, NeuronIndex
 from neq.autograd_graph import Call, Graph, Product, trace
+from neq.required import BATCH
 
-BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

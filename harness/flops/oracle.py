@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq
-from harness.flops.costs import BATCH
+from neq.required import BATCH
 
 aten = torch.ops.aten
 Shape = Sequence[int]

@@ -2,23 +2,24 @@
 
 import math
 
+from harness.report.grouped import MOST, groups_answer
 from harness.report.method_row import MethodRow, Pruned
 from harness.report.model import GroupTable
 from harness.report.words import percent, signed
 from harness.suite.method_specs import kind_of
 
-MOST = 3  # methods; of more, the tables tell
-
 
 def answers(table: GroupTable) -> list[str]:
-    """A sentence for each method in question: no baseline, and no control.
+    """A sentence for each method in question, no baseline and no control, and for each that decides
+    by groups one beside single neurons.
 
     There are none where methods are many, as in a sweep, or were trained on noise.
     """
     rows = [row for row in table.methods if kind_of(row.parameters).in_question and row.n]
     if table.synthetic:
         return []
-    return [_answer(row, table) for row in rows] if len(rows) <= MOST else []
+    own = [_answer(row, table) for row in rows] if len(rows) <= MOST else []
+    return own + groups_answer(table.grouped, table.metric, table.margin)
 
 
 def _answer(row: MethodRow, table: GroupTable) -> str:

@@ -42,7 +42,9 @@ def _still(
     for label in labels:
         course, look = spread.loc[label], looks[label]
         axis.plot(course.index, course["mean"], label=label, color=look.colour, linestyle=look.line)
-        axis.fill_between(course.index, course["min"], course["max"], color=look.colour, alpha=0.12)
+        if len(labels) <= BANDS:
+            low, high = course["min"], course["max"]
+            axis.fill_between(course.index, low, high, color=look.colour, alpha=0.12)
     axis.set_ylim(-0.03, 1.05)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axis.set_xlabel("epoch")

@@ -13,7 +13,7 @@ from harness.report.words import NONE, percent, signed, signed_interval
 
 MEASURES = ("still_by_group_alone", "still_by_neuron_alone")
 ALIKE = ("eps", "mu", "recursion", "similarity", "gradient", "align", "rounding")
-MOST = 3  # methods that a sentence is said of; of more, the table tells
+MOST = 3  # methods that sentences are said of; of more, the tables tell
 NOTE = (
     "Of all neurons that may freeze, mean over all epochs. with group: those that stood still "
     "because their group did, while their own velocity was above eps; on their own: those below "
@@ -174,6 +174,5 @@ def _conclusion(saved: Interval, kept: Interval, margin: float) -> str:
 
 
 def _between(found: Interval) -> str:
-    if found.low is None or found.high is None:
-        return ""
-    return f" [{signed(found.low)}, {signed(found.high)}]"
+    ends = signed_interval(found.low, found.high)
+    return "" if ends == NONE else f" {ends}"

@@ -7,7 +7,7 @@ from typing import Any
 from harness.report import views
 from harness.report.answers import answers
 from harness.report.curves import Sweep, sweep_of, sweeps
-from harness.report.grouped import groups_answer, groups_table
+from harness.report.grouped import groups_table
 from harness.report.measures_view import measures, shown
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.paper_view import against_paper
@@ -75,16 +75,11 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         title=f"{table.suite}{point}: {table.title}",
         group=table.group,
         facts=_facts(table, named=named),
-        answers=[*answers(table), *_of_groups(table)],
+        answers=answers(table),
         tables=made,
         notes=notes,
         alerts=alerts,
     )
-
-
-def _of_groups(table: GroupTable) -> list[str]:
-    """None of what was trained on noise."""
-    return [] if table.synthetic else groups_answer(table.grouped, table.metric, table.margin)
 
 
 def _facts(table: GroupTable, *, named: bool) -> list[str]:
