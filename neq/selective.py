@@ -163,7 +163,8 @@ class _Norm(_Selective):
         if self._neq_work.rows is None:
             with self._frozen():
                 return super().forward(self._reached(input))
-        with saved_tensors_hooks(self._pack, _unpack):
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        with saved_tensors_hooks(*self._around(*outer) if outer else (self._pack, _unpack)):
             return super().forward(input)
 
     @contextmanager
@@ -176,13 +177,21 @@ class _Norm(_Selective):
             self.__dict__["_parameters"] = kept
 
     def _pack(self, saved: Tensor) -> tuple[Tensor, int]:
+        saved = self._passing(saved)
+        return saved, saved._version
+
+    def _around(self, pack: Any, unpack: Any) -> tuple[Any, Any]:
+        """Hooks of the caller's, who would not see what is saved under others."""
+        return lambda saved: pack(self._passing(saved)), unpack
+
+    def _passing(self, saved: Tensor) -> Tensor:
         """The backward multiplies by the weight it finds: zero for what passes nothing on."""
         weight, rows = self.weight, self._neq_work.rows
         assert isinstance(weight, Tensor)
         assert rows is not None
-        if saved.data_ptr() == weight.data_ptr():
-            saved = weight.detach().index_fill(0, rows.fillers, 0)
-        return saved, saved._version
+        if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+            return saved
+        return weight.detach().index_fill(0, rows.fillers, 0)
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:

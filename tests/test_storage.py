@@ -34,11 +34,14 @@ NAMES = {
     "seconds_checkpoint peak_memory_bytes energy_joules effective_parameters other_load code",
     "measures": "epoch layer name value",
     "layers": f"epoch layer neurons frozen {FLOPS} phi_quantiles delta_phi_quantiles "
-    "velocity_quantiles",
+    "velocity_quantiles mask",
+    "replays": "device seconds seconds_plain ratio ratio_low ratio_high plans plans_measured "
+    "activation_bytes activation_bytes_plain optimizer_bytes optimizer_bytes_plain "
+    "trials_on_device other_load code updated",
 }
 WHOLE = f"seed epoch epochs epochs_done attempts trials_on_device threads samples {FLOPS} "
 WHOLE += "effective_parameters measures frozen_neurons total_neurons overhead_flops "
-WHOLE += "peak_memory_bytes neurons frozen"
+WHOLE += "peak_memory_bytes neurons frozen plans plans_measured"
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -48,7 +51,8 @@ def test_the_columns_are_those_of_the_files_that_are_out_there(kind):
     assert schema.names == [*["trial", "group", "suite", "method", "seed"], *NAMES[kind].split()]
     real = {n for n in schema.names if "loss" in n or "metric" in n}
     real |= {"lr", "energy_joules", "other_load", "value"}
-    real |= {name for name in schema.names if name.startswith("seconds_")}
+    real |= {name for name in schema.names if name.startswith(("seconds", "ratio"))}
+    real |= {name for name in schema.names if name.startswith(("activation_", "optimizer_"))}
     for field in schema:
         if field.name in WHOLE.split():
             assert field.type == pa.int64()
@@ -58,6 +62,8 @@ def test_the_columns_are_those_of_the_files_that_are_out_there(kind):
             assert field.type == pa.list_(pa.float64())
         elif field.name in ("started", "updated"):
             assert field.type == pa.timestamp("us", tz="UTC")
+        elif field.name == "mask":
+            assert field.type == pa.binary()
         else:
             assert field.type == (pa.bool_() if field.name == "git_dirty" else pa.string())
 
@@ -160,7 +166,7 @@ def test_a_folder_that_can_not_be_written(tmp_path):
 
 
 SINCE_3 = {"effective_parameters", "other_load", "code", "measures"}
-NEWER = {"1": {"energy_joules"} | SINCE_3, "2": SINCE_3}
+NEWER = {"1": {"energy_joules", "mask"} | SINCE_3, "2": {"mask"} | SINCE_3, "3": {"mask"}}
 
 
 def as_version(version, table):
@@ -189,7 +195,7 @@ def test_tables_of_earlier_versions_are_still_read(tmp_path, version):
     (path,) = (tmp_path / "digits" / "epochs").iterdir()
     lacking = pq.read_table(path).drop_columns("lr")
     pq.write_table(lacking, path)
-    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 3"):
+    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 4"):
         store.read("epochs")
 
 
@@ -204,8 +210,10 @@ def test_a_trial_goes_on_from_a_checkpoint_of_an_earlier_version(tmp_path, versi
         path.unlink()
     found = torch.load(newest, weights_only=True)
     rows = found["state"]["rows"]
-    rows["epochs"] = pack_table(as_version(version, unpack_table(rows["epochs"])))
-    del rows["measures"], found["state"]["best"]
+    for kind in ("epochs", "layers", "measures"):
+        rows[kind] = pack_table(as_version(version, unpack_table(rows[kind])))
+    if version < "3":
+        del rows["measures"], found["state"]["best"]
     found["version"] = version
     buffer = io.BytesIO()
     torch.save(found, buffer)

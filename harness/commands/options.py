@@ -24,6 +24,8 @@ SeenResults = Annotated[
 ]
 Address = Annotated[str | None, typer.Option(help="Join the Ray cluster at this address.")]
 
+REPLAY_SECONDS = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialOptions:
@@ -51,11 +53,20 @@ class TrialOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions(TrialOptions):
-    """Trials to be run; `retry_failed`: those that have failed, too."""
+    """Trials to be run; `retry_failed`: those that have failed, too.
+
+    Afterwards their masks are replayed for `replay_seconds` a group, unless `no_replay`.
+    """
 
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Also try failed trials again.")
     ] = False
+    no_replay: Annotated[
+        bool, typer.Option("--no-replay", help="Don't time the masks alone on the device.")
+    ] = False
+    replay_seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For timing the masks of a group.")
+    ] = REPLAY_SECONDS
 
     def words(self) -> list[str]:
         """The options as words of a command line, without the suite."""
@@ -63,6 +74,9 @@ class RunOptions(TrialOptions):
         words = [word for name, value in given.items() if value for word in (name, value)]
         words += [word for setting in self.settings or () for word in ("--set", setting)]
         words += ["--synthetic"] * self.synthetic + ["--retry-failed"] * self.retry_failed
+        words += ["--no-replay"] * self.no_replay
+        if self.replay_seconds != REPLAY_SECONDS:
+            words += ["--replay-seconds", f"{self.replay_seconds:g}"]
         return ["--results", self.results, *words]
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from harness import parallel
 from harness.commands.options import RunOptions
 from harness.commands.progress import Progress
+from harness.console import progress_line
 from harness.errors import UserError
 from harness.run.executors import Executor, Inline, Ray
 from harness.run.preflight import preflight
@@ -28,6 +30,11 @@ def run(options: RunOptions, executor: str, address: str | None, console: Consol
     does so, together with the others, and one of them talks. Raises UserError for anything that is
     wrong before the first trial.
     """
+    if not options.replay_seconds > 0:
+        raise UserError(
+            f"--replay-seconds {options.replay_seconds:g}: must be above 0; --no-replay leaves "
+            "replays out"
+        )
     with _terminable():
         trials = options.trials()
         if parallel.launched() == 1:
@@ -75,9 +82,20 @@ def _run(options: RunOptions, trials: Trials, executor: Executor, console: Conso
         for group in groups:
             preflight(group)
         failed += _execute(executor, todo, count["done"], root, console)
+    if parallel.workers() == 1 and not options.no_replay:
+        _replay(executor, groups, root, options.replay_seconds, console)
     if parallel.leads():
         _report(store, set(names), console)
     return failed
+
+
+def _replay(
+    executor: Executor, groups: list[Trials], root: str, seconds: float, console: Console
+) -> None:
+    with progress_line() as shown:
+        for group in groups:
+            for told in executor.replay(group, root, seconds, shown.update):
+                console.print(Text(told.text, style="" if told.well else "yellow"), soft_wrap=True)
 
 
 def _execute(

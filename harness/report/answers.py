@@ -3,7 +3,7 @@
 import math
 
 from harness.report.grouped import MOST, groups_answer
-from harness.report.method_row import MethodRow, Pruned
+from harness.report.method_row import MethodRow, Pruned, Replays
 from harness.report.model import GroupTable
 from harness.report.words import percent, signed
 from harness.suite.method_specs import kind_of
@@ -28,7 +28,8 @@ def _answer(row: MethodRow, table: GroupTable) -> str:
         f"({_less(row.savings.saved_paper)} by the paper's count)."
     )
     known = [executes] if math.isfinite(row.savings.saved + row.savings.saved_paper) else []
-    return " ".join([row.label, _kept(row, table), *known, *_left(row.pruned), _time(row, table)])
+    parts = [row.label, _kept(row, table), *known, *_left(row.pruned), _time(row, table)]
+    return " ".join(part for part in parts if part)
 
 
 def _left(pruned: Pruned) -> list[str]:
@@ -59,7 +60,20 @@ def _kept(row: MethodRow, table: GroupTable) -> str:
         "undecided": f"may or may not lose {margin} of the baseline's {metric}",
     }.get(quality.verdict or "", f"has no verdict on {metric}")
     why = f"; {row.withheld}" if row.withheld else ""
-    return f"{answer} ({found}; n = {quality.difference_n}{why})."
+    return f"{answer} ({found}; n = {quality.difference_n}{why}){_replayed(row.replays)}."
+
+
+def _replayed(found: Replays) -> str:
+    """What it takes of the baseline's seconds and bytes, by the replays, as the end of a
+    sentence.
+    """
+    if found.seconds_replayed_ratio is None or found.seconds_replayed_withheld:
+        return ""
+    low, high = found.seconds_replayed_ratio_low, found.seconds_replayed_ratio_high
+    ends = "" if low is None else f"; {low:.2f} to {high:.2f}"
+    ratio, kept = found.seconds_replayed_ratio, found.activation_ratio
+    also = "" if kept is None else f" and × {kept:.2f} of its activations' bytes"
+    return f", and takes × {ratio:.2f} of the baseline's time (replayed{ends}){also}"
 
 
 def _less(saved: float) -> str:
@@ -70,7 +84,7 @@ def _time(row: MethodRow, table: GroupTable) -> str:
     if not table.devices_alike:
         return "Time can't be compared: trials ran on different devices."
     if table.timing_withheld:
-        return f"Time was not measured: {table.timing_withheld}."
+        return _unmeasured(row, table.timing_withheld)
     measured = row.measured
     if measured.seconds_ratio is None or measured.seconds_ratio_low is None:
         return "Time can't be compared."
@@ -80,3 +94,11 @@ def _time(row: MethodRow, table: GroupTable) -> str:
     if measured.seconds_verdict is None:
         return f"Its time: {within}."
     return f"It takes {words[measured.seconds_verdict]} time ({within})."
+
+
+def _unmeasured(row: MethodRow, why: str) -> str:
+    """What there is to say on time where the trials' own seconds are none."""
+    replayed = row.replays
+    if replayed.seconds_replayed_withheld:
+        return f"Time was not measured: {replayed.seconds_replayed_withheld} during the replay."
+    return f"Time was not measured: {why}." if replayed.seconds_replayed_ratio is None else ""

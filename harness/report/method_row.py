@@ -83,6 +83,34 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replays:
+    """What the masks cost alone on the device, in steps by turns with plain ones; None: not known.
+
+    `seconds_replayed_ratio`: over the same of plain steps, geometric mean over
+    `seconds_replayed_n` seeds, with a 95 % interval; `…_pairs_low`, `…_pairs_high`: that mean's
+    ends by a bootstrap over pairs of steps alone. `seconds_replayed_withheld`: why it is no
+    measurement; else `seconds_replayed_verdict` is as that of seconds. `masks`, `masks_measured`:
+    of these seeds; the others lie between two of them. Bytes that a forward keeps for its backward
+    (mean over epochs) and of the optimizer's state, and both over those of plain training.
+    """
+
+    seconds_replayed_ratio: float | None = None
+    seconds_replayed_ratio_low: float | None = None
+    seconds_replayed_ratio_high: float | None = None
+    seconds_replayed_pairs_low: float | None = None
+    seconds_replayed_pairs_high: float | None = None
+    seconds_replayed_n: int | None = None
+    seconds_replayed_verdict: str | None = None
+    seconds_replayed_withheld: str | None = None
+    masks: int | None = None
+    masks_measured: int | None = None
+    activation_bytes: float | None = None
+    activation_ratio: float | None = None
+    optimizer_bytes: float | None = None
+    optimizer_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShorterBaseline:
     """The baseline, stopped when it has spent the FLOPs that a method spends in all.
 
@@ -157,6 +185,7 @@ class MethodRow:
     quality: Quality
     savings: Savings
     measured: Measured
+    replays: Replays
     shorter_baseline: ShorterBaseline
     pruned: Pruned
     measures: list[MeasureRow] = field(default_factory=list)

@@ -24,15 +24,16 @@ from harness.report.method_row import (
     MethodRow,
     Pruned,
     Quality,
+    Replays,
     Savings,
     ShorterBaseline,
 )
 from harness.report.per_trial import COUNTS, Labels, by_seed
+from harness.report.replayed import TIMING, replays_of
 from harness.suite.method_specs import KINDS, kind_of, told
 
 SAVED = ["saved", "saved_required", "saved_paper"]
 MEANS = [*COUNTS, "overhead", "paper_dense", "frozen", "size", *SAVED]
-TIMING = {"below": "less", "above": "more", "unclear": "unclear"}
 
 
 def method_rows(
@@ -41,6 +42,7 @@ def method_rows(
     labels: Labels,
     margin: float,
     measures: pd.DataFrame,
+    replays: pd.DataFrame,
     *,
     noise: bool,
     timed: bool,
@@ -49,9 +51,9 @@ def method_rows(
     """One row for each method: baselines first, then kind by kind, of one kind by parameters.
 
     `done`: the finished trials of a group (`per_trial`); `failures`: trials that failed, by method;
-    `margin`: of verdicts, as a share; `measures`: rows of that table. `noise`: whether they were
-    trained on that; `timed`: whether all ran on one kind of device, `shared`: whether it had other
-    work.
+    `margin`: of verdicts, as a share; `measures`, `replays`: rows of these tables. `noise`: whether
+    they were trained on that; `timed`: whether all ran on one kind of device, `shared`: whether it
+    had other work.
     """
     baseline = done[done["baseline"]].drop_duplicates("seed")
     lost = sum(n for key, n in failures.items() if kind_of(json.loads(key[1])).is_baseline)
@@ -78,6 +80,7 @@ def method_rows(
                 quality=quality,
                 savings=_savings(rows),
                 measured=_measurements(rows, others, timed=timed, shared=shared),
+                replays=replays_of(rows, replays) if timed else Replays(),
                 shorter_baseline=_shorter_baseline(rows, others),
                 pruned=_pruned(rows),
                 measures=recorded(measures, rows),

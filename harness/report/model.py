@@ -117,7 +117,8 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
     apart = groups.apart(chosen)
     of_groups = results.epochs.groupby("group", observed=True)
     epochs = {str(group): rows for group, rows in of_groups}
-    none, measures = results.epochs.iloc[:0], results.measures_of(set(chosen["trial"]))
+    none, keys = results.epochs.iloc[:0], set(chosen["trial"])
+    measures, replays = results.measures_of(keys), results.replays_of(keys)
     tables: list[GroupTable] = []
     done: dict[str, pd.DataFrame] = {}
     for name, rows in chosen.groupby("group", sort=False):
@@ -129,7 +130,10 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
         called = labels([*pairs, *state.failures])
         done[group] = per_trial(state.done, mine, called, measures)
         tables.append(
-            _group(rows, state, done[group], mine, requests, called, apart, results.twice, measures)
+            _group(
+                *(rows, state, done[group], mine, requests, called, apart),
+                *(results.twice, measures, replays),
+            )
         )
     tables.sort(key=lambda table: table.suite)
     not_begun = [] if only is not None else _not_begun(results)
@@ -196,6 +200,7 @@ def _group(
     apart: dict[str, dict[str, Any]],
     twice: dict[str, list[str]],
     measures: pd.DataFrame,
+    replays: pd.DataFrame,
 ) -> GroupTable:
     first, group = trials.iloc[0], str(trials["group"].iloc[0])
     request = requests[-1] if requests else Request(group=group, trials=[])
@@ -212,6 +217,7 @@ def _group(
         called,
         margin / 100,
         measures,
+        replays,
         noise=synthetic,
         timed=alike,
         shared=withheld is not None,

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from harness.report.measures import of_model
+from harness.storage.provenance import OTHER_LOAD
 from harness.suite.method_specs import kind_of
 
 COUNTS = ["dense", "paper", "required", "executed"]
-OTHER_LOAD = 0.5  # CPUs, or processes on a GPU: with more of others, seconds have no verdict
 Labels = dict[tuple[str, str], str]  # by name and parameters (JSON) of a method
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]
 SIZES = ["parameters", "neurons"]  # measures of a whole model; what is left of each: `…_left`
@@ -136,7 +136,9 @@ def device_shared(done: pd.DataFrame) -> bool:
 
 
 def timing_withheld(done: pd.DataFrame) -> str | None:
-    """Why the seconds of these trials (of `per_trial`) are no measurement; None where they are."""
+    """Why the seconds of these trials (of `per_trial`), or of their replays, are no measurement;
+    None where they are.
+    """
     if device_shared(done):
         return "trials shared a device"
     gpu = done["gpu"].notna()

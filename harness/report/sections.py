@@ -12,6 +12,7 @@ from harness.report.measures_view import measures, shown
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.paper_view import against_paper
 from harness.report.pruning_view import pruned
+from harness.report.savings_view import savings
 from harness.report.tables import Section
 from harness.report.words import arguments, as_text, counted, listed
 from harness.suite.config import forward_size
@@ -56,7 +57,7 @@ def _section(table: GroupTable, *, named: bool) -> Section:
     """`named`: its point says enough of what tells it from the others."""
     made = []
     if any(row.n for row in table.methods):
-        made = [views.accuracy(table), views.savings(table)]
+        made = [views.accuracy(table), savings(table)]
         made += [views.by_phase(table)] if len(table.methods) > 1 and table.phases else []
         shorter = any(row.shorter_baseline.stopped_epochs for row in table.methods)
         made += [views.shorter_baseline(table)] if shorter else []

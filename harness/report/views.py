@@ -1,38 +1,23 @@
 """The numbers of a group as tables."""
 
 import math
-from collections.abc import Callable
 
 from harness.report.curves import Sweep
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable
 from harness.report.phases import Phase, PhaseRow, follows_loss
+from harness.report.savings_view import share_cell
 from harness.report.tables import TONES, Cell, Column, Table
 from harness.report.words import (
     NONE,
     counted,
-    flops_text,
-    flops_unit,
     interval_text,
-    percent,
     signed,
     signed_interval,
     spread,
 )
 from harness.suite.sweep import point_label
 
-SAVED = (
-    "FLOPs: executed by the backward of one sample, mean over epochs; {dense} with nothing frozen. "
-    "decide: what deciding takes, of the dense backward. saved, of the dense backward, with "
-    "deciding counted in: by what the kernels executed, and by the least that was required; by the "
-    "paper's count ({paper} with nothing frozen), which leaves deciding out and credits a frozen "
-    "neuron with its whole share."
-)
-TIMES = "time: of training and deciding{mark}, and over the baseline's with its 95 % interval."
-LEFT = "left: parameters that are left by a method that prunes; in training that saves nothing."
-WITHHELD = "* {why}: these seconds are no measurement and have no verdict."
-MIXED = "Trials ran on different devices, or with other threads: nothing measured is compared."
-CUT = "gradient cut: an approximation; no gradient flowed through frozen neurons."
 ACCURACY = (
     "Mean ± standard deviation over seeds; Δ to the baseline{paired} in percentage points, with "
     "its 95 % interval. keeps: the interval lies above −{margin}, the margin; loses: below it."
@@ -118,79 +103,6 @@ def _verdict(row: MethodRow) -> Cell:
     return Cell(verdict or NONE, verdict, TONES.get(verdict or "", ""))
 
 
-def savings(table: GroupTable) -> Table:
-    """The table of what was saved, by which count, and what the clock says."""
-    unit, scale = flops_unit(table.dense)
-    mark = "*" if table.timing_withheld else ""
-    optional: list[tuple[Column, Callable[[MethodRow], Cell]]] = []
-    if any(row.measured.memory_bytes is not None for row in table.methods):
-        optional += [
-            (Column("memory", "MiB", wide=True), lambda r: _scaled(r.measured.memory_bytes, 2**20)),
-            (Column("memory", "× base", wide=True), lambda r: _times(r.measured.memory_ratio)),
-        ]
-    if any(row.measured.energy_joules is not None for row in table.methods):
-        optional += [
-            (Column("energy", "kJ", wide=True), lambda r: _scaled(r.measured.energy_joules, 1e3)),
-            (Column("energy", "× base", wide=True), lambda r: _times(r.measured.energy_ratio)),
-        ]
-    pruned = any(row.savings.effective_parameters is not None for row in table.methods)
-    if pruned:
-        left = Column("left", "k params", wide=True)
-        optional.append((left, lambda r: _scaled(r.savings.effective_parameters, 1e3)))
-    rows = [
-        [
-            Cell(row.label),
-            _share(row.savings.frozen),
-            _scaled(row.savings.executed, scale, 2),
-            _share(row.savings.overhead_share),
-            _share(row.savings.saved),
-            _share(row.savings.saved_required),
-            _share(row.savings.saved_paper),
-            _seconds(row),
-            _ratio(row, shared=bool(table.timing_withheld)),
-            *(cell(row) for _, cell in optional),
-        ]
-        for row in table.methods
-    ]
-    notes = [SAVED.format(dense=flops_text(table.dense), paper=flops_text(table.paper_dense))]
-    if any(row.parameters.get("gradient") == "cut" for row in table.methods):
-        notes.append(CUT)
-    notes += [LEFT] if pruned else []
-    if not table.devices_alike:
-        notes.append(MIXED)
-    else:
-        notes.append(TIMES.format(mark=mark))
-        if why := table.timing_withheld:
-            notes.append(WITHHELD.format(why=why[0].upper() + why[1:]))
-    return Table(
-        title="Savings",
-        columns=[
-            Column("method", text=True),
-            Column("frozen at end", "%", wide=True),
-            Column("FLOPs", unit),
-            Column("decide", "%"),
-            Column("executed", "% saved"),
-            Column("required", "% saved"),
-            Column("paper", "% saved"),
-            Column("time", f"s{mark}"),
-            Column("time", "× base"),
-            *(column for column, _ in optional),
-        ],
-        rows=rows,
-        notes=notes,
-    )
-
-
-def _ratio(row: MethodRow, *, shared: bool) -> Cell:
-    measured = row.measured
-    if measured.seconds_ratio is None or shared:
-        return Cell(NONE)
-    low, high = measured.seconds_ratio_low, measured.seconds_ratio_high
-    within = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-    tone = TONES.get(measured.seconds_verdict or "", "")
-    return Cell(f"{measured.seconds_ratio:.2f}{within}", measured.seconds_ratio, tone)
-
-
 def by_phase(table: GroupTable) -> Table:
     """The table of metric and saving by phase of the learning-rate schedule."""
     columns = [Column("method", text=True), Column("", text=True)]
@@ -249,7 +161,7 @@ def _shorter(row: MethodRow, table: GroupTable) -> list[Cell]:
     epochs = f"{found.stopped_epochs} of {table.epochs}{_early(row, table)}"
     return [
         Cell(row.label),
-        _share(found.spent_share or math.nan),
+        share_cell(found.spent_share or math.nan),
         Cell(epochs, found.stopped_epochs),
         Cell(spread(found.stopped_metric, None), found.stopped_metric),
         Cell(signed(found.stopped_difference), found.stopped_difference),
@@ -273,8 +185,8 @@ def sweep(swept: Sweep) -> Table:
             _count(row, several=several),
             _reached(row),
             *_against_baseline(row),
-            _share(row.savings.saved),
-            _share(row.savings.saved_paper),
+            share_cell(row.savings.saved),
+            share_cell(row.savings.saved_paper),
             _verdict(row),
         ]
         for point, table in swept
@@ -296,24 +208,3 @@ def sweep(swept: Sweep) -> Table:
         rows=rows,
         notes=["Each point has a baseline of its own; Δ is to that."],
     )
-
-
-def _share(value: float) -> Cell:
-    return Cell(percent(value), value)
-
-
-def _scaled(value: float | None, scale: float, digits: int = 1) -> Cell:
-    known = value is not None and value == value
-    return Cell(f"{value / scale:,.{digits}f}" if known and value is not None else NONE, value)
-
-
-def _times(value: float | None) -> Cell:
-    return Cell(NONE if value is None else f"{value:.2f}", value)
-
-
-def _seconds(row: MethodRow) -> Cell:
-    measured = row.measured
-    if measured.seconds_train is None or measured.seconds_decide is None:
-        return Cell(NONE)
-    seconds = measured.seconds_train + measured.seconds_decide
-    return Cell(f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:.1f}", seconds)

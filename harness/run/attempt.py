@@ -83,7 +83,7 @@ def attempt_under_lease(spec: TrialSpec, root: str, slot: Slot, lease: int) -> G
     try:
         owner.sweep()
         recorder = Recorder(spec, owner, slot)
-        with _process(spec.suite, slot):
+        with undisturbed(spec.suite, slot):
             damaged: list[str] = []
             # Popped, so that nothing here keeps it alive while the trial goes on: it is large.
             states = [owner.load_checkpoint(damaged.append)]
@@ -170,8 +170,10 @@ def _record(recorder: Recorder, failure: Failure) -> Event:
 
 
 @contextmanager
-def _process(suite: Suite, slot: Slot) -> Iterator[None]:
-    """Inside, one trial computes deterministically; afterwards the process is as it was."""
+def undisturbed(suite: Suite, slot: Slot) -> Iterator[None]:
+    """Inside, a trial of the suite computes deterministically; afterwards the process is as it
+    was.
+    """
     threads = torch.get_num_threads()
     gpus = [parallel.device(gpu=True)] if slot.gpu else []
     try:

@@ -14,7 +14,9 @@ from harness.run import ray_cluster
 from harness.run.attempt import Broken, Unstored, attempt, record_death
 from harness.run.claims import Claims
 from harness.run.events import Elsewhere, Event, Halted, Held, Started
+from harness.run.ray_replays import on_cluster
 from harness.run.ray_train import run_with_workers
+from harness.run.replays import Shown, Told, replay_here
 from harness.storage import leases
 from harness.storage.leases import Claim
 from harness.storage.provenance import Slot
@@ -34,6 +36,14 @@ class Executor(Protocol):
 
         `root`: where results lie. Raises UserError where results can't be stored any more: trials
         go on from their last commit another time.
+        """
+        ...
+
+    def replay(
+        self, trials: Sequence[TrialSpec], root: str, seconds: float, shown: Shown
+    ) -> Iterator[Told]:
+        """Replay what is finished of `trials`, of one group, on each kind of machine at hand that
+        they ran on; see `replays`.
         """
         ...
 
@@ -59,6 +69,12 @@ class Inline:
                 yield from self._trial(spec, claim, root, claims)
             elif len(claims):
                 time.sleep(1)
+
+    def replay(
+        self, trials: Sequence[TrialSpec], root: str, seconds: float, shown: Shown
+    ) -> Iterator[Told]:
+        """See Executor: in this process."""
+        yield from replay_here(trials, root, seconds, shown)
 
     def _trial(self, spec: TrialSpec, claim: Claim, root: str, claims: Claims) -> Events:
         limit, slot = spec.suite.resources.time_limit, _slot_here(spec)
@@ -184,6 +200,17 @@ class Ray:
                     head.check()
             finally:
                 running.stop()
+
+    def replay(
+        self, trials: Sequence[TrialSpec], root: str, seconds: float, shown: Shown
+    ) -> Iterator[Told]:
+        """See Executor: on each node of a cluster as a task that has it for itself; where Ray was
+        started here, it is over, and this process has the machine.
+        """
+        if ray_cluster.named(self._address):
+            yield from on_cluster(self._address, trials, root, seconds, shown)
+        else:
+            yield from replay_here(trials, root, seconds, shown)
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from harness.train.tuning import check_precision
 MAX_RETRIES = 3  # of a trial whose workers die again and again at the same epoch
 KNOCK = 5.0  # seconds between looks whether the head is there
 BUSY = 60.0  # seconds after which a GPU that is not free is not waited for
+WAIT = 600.0  # beyond its own time, for a node to be free and its work to be built
 GONE = 30.0  # after so many without an answer it is lost; Ray itself ends the driver after 60
 
 
@@ -98,6 +99,30 @@ def task(function: Callable[..., Any], spec: TrialSpec, slot: Slot) -> Any:
     )
 
 
+def alone_on(node: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns as a task that has the whole of `node`; a line on why there is none
+    where it fails, or the node is not free for long.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    resources = node["Resources"]
+    remote = ray.remote(max_calls=1)(function).options(
+        num_cpus=resources.get("CPU", 0),
+        num_gpus=resources.get("GPU", 0),
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+    )
+    asked = remote.remote(*arguments)
+    try:
+        return ray.get(asked, timeout=WAIT)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(asked, force=True)
+        return f"it was not free, or not done, within {WAIT:.0f} s"
+    except ray.exceptions.RayError as error:
+        return cause_of_death(error)
+
+
 def slots(
     spec: TrialSpec, trials: int, nodes: list[dict[str, Any]], *, gpu: bool = False
 ) -> tuple[int, Slot]:
@@ -176,13 +201,18 @@ def cause_of_death(error: Exception) -> str:
     return type(error).__name__
 
 
+def named(address: str | None) -> str | None:
+    """The cluster that a user has named; None: Ray is to be started on this machine."""
+    return address or os.environ.get("RAY_ADDRESS")
+
+
 def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     # Without "local" Ray would join whatever was last started on this machine, alive or not.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = named(address) or "local"
     polite = signal.getsignal(signal.SIGTERM)
     try:
         knock(address)

@@ -37,6 +37,15 @@ class Results:
         """All rows of `measures`, what methods have recorded themselves; read when asked for."""
         return self._rows("measures", None)
 
+    @property
+    def replays(self) -> pd.DataFrame:
+        """All rows of `replays`, one for each trial whose masks were timed; read when asked for."""
+        return self._rows("replays", None)
+
+    def replays_of(self, trials: Container[str]) -> pd.DataFrame:
+        """The rows of `replays` of these trials."""
+        return self._rows("replays", trials)
+
     def measures_of(self, trials: Container[str]) -> pd.DataFrame:
         """The rows of `measures` of these trials."""
         return self._rows("measures", trials)

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+OTHER_LOAD = 0.5  # CPUs, or processes on a GPU: with more of others, seconds have no verdict
 PACKAGES = ("neqbench", "torch", "torchvision", "fvcore", "ray", "numpy", "pyarrow")
 
 
@@ -25,6 +26,11 @@ class Slot:
     def device(self) -> str:
         """Name of the torch device: cuda or cpu."""
         return "cuda" if self.gpu else "cpu"
+
+
+def alone(trials: int, load: float | None) -> bool:
+    """Whether seconds are a measurement, by `trials_on_device` and `other_load` (None: unknown)."""
+    return trials == 1 and not (load or 0.0) > OTHER_LOAD
 
 
 @cache

@@ -19,13 +19,13 @@ from harness.suite.config import TrialSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 3  # raise with every column that is added
+VERSION = 4  # raise with every column that is added
 SCHEMA_VERSION = str(VERSION)
 REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 INTEGER, NUMBER, TEXT, YES_NO = pa.int64(), pa.float64(), pa.string(), pa.bool_()
-TIME, NUMBERS = pa.timestamp("us", tz="UTC"), pa.list_(pa.float64())
+TIME, NUMBERS, BITS = pa.timestamp("us", tz="UTC"), pa.list_(pa.float64()), pa.binary()
 _ARROW = {int: INTEGER, float: NUMBER, int | None: INTEGER, float | None: NUMBER, str | None: TEXT}
 
 
@@ -227,12 +227,49 @@ COLUMNS: dict[str, tuple[DeclaredColumn, ...]] = {
         _told("phi_quantiles", NUMBERS, "quantiles 0, 5, 25, 50, 75, 95, 100 % of phi"),
         _told("delta_phi_quantiles", NUMBERS, "the same of delta-phi"),
         _told("velocity_quantiles", NUMBERS, "the same of the velocity"),
+        _told(
+            "mask",
+            BITS,
+            "of a convolution with groups, some of whose neurons were frozen: which, a bit for "
+            "each (`numpy.packbits`); null where `frozen` tells enough",
+            reported=False,
+            since=4,
+        ),
     ),
     "measures": (
         _told("epoch", INTEGER, "number of the epoch, from 0"),
         _told("layer", TEXT, "name of the layer's module; null: the whole model"),
         _told("name", TEXT, "what was recorded"),
         _told("value", NUMBER, "its value after the epoch; null where it is not finite"),
+    ),
+    "replays": tuple(
+        _told(name, kind, meaning, since=4)
+        for name, kind, meaning in (
+            ("device", TEXT, "what it was measured on: a GPU, or a CPU with its threads"),
+            ("seconds", NUMBER, "of training and deciding: steps under each epoch's mask, summed"),
+            ("seconds_plain", NUMBER, "the same of as many plain steps"),
+            ("ratio", NUMBER, "of the two, from pairs of steps that were taken by turns"),
+            ("ratio_low", NUMBER, "of that, 2.5 % of a bootstrap over these pairs"),
+            ("ratio_high", NUMBER, "of that, 97.5 % of the same"),
+            ("plans", INTEGER, "distinct masks of the trial"),
+            (
+                "plans_measured",
+                INTEGER,
+                "those measured; the others lie between two by their executed FLOPs",
+            ),
+            (
+                "activation_bytes",
+                NUMBER,
+                "what a step's first forward keeps for its backward, mean over epochs",
+            ),
+            ("activation_bytes_plain", NUMBER, "the same of a plain step"),
+            ("optimizer_bytes", NUMBER, "of the optimizer's state"),
+            ("optimizer_bytes_plain", NUMBER, "the same in plain training"),
+            ("trials_on_device", INTEGER, "trials on the device meanwhile, this one among them"),
+            ("other_load", NUMBER, "what else the device did, as in `epochs`"),
+            ("code", TEXT, "commit that measured it, as in `epochs`"),
+            ("updated", TIME, "when this row was written"),
+        )
     ),
 }
 SCHEMAS: dict[str, pa.Schema] = {

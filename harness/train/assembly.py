@@ -28,6 +28,7 @@ from harness.methods.building import (
 from harness.methods.training import Weights
 from harness.seeds import seed_globals
 from harness.storage.locations import Location
+from harness.storage.masks import layer_mask
 from harness.storage.schema import flops_columns, quantiles
 from harness.suite.config import TrialSpec
 from harness.suite.parts import build_model
@@ -99,8 +100,9 @@ class Assembly:
         called = self.costs.layers(frozen, self.training.samples["train"], plan)
         readings = checked_readings(self.name, self.method, len(self.costs.neurons))
         rows = []
-        for name, part in self.costs.neurons.items():
-            row = {"layer": name, "neurons": part.stop - part.start}
+        for layer in self.costs.neurons.layers:
+            name, part = layer.name, layer.neurons
+            row = {"layer": name, "neurons": layer.size, "mask": layer_mask(layer, frozen[part])}
             row["frozen"] = int(frozen[part].sum())
             if name in called:
                 row |= flops_columns(_by_name(*called[name]))

@@ -1,6 +1,8 @@
 """The loop over batches: one epoch of training."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,13 @@ class Loop:
         Nothing in the loop waits for the device, unless a method wants to know whether a GradScaler
         has skipped a step.
         """
+        for total in self.steps(epoch):  # noqa: B007 — the last one is that of the epoch
+            pass
+        mean: float = parallel.add_up(total).item() / self._at_work.batches.size("train")
+        return mean
+
+    def steps(self, epoch: int) -> Iterator[Tensor]:
+        """Train one epoch; gives, after each step, the sum of its samples' losses so far."""
         work = self._at_work
         # Dropout differs between processes, as it does between samples.
         seed_globals(self._seed, f"training{parallel.rank() or ''}", epoch)
@@ -41,9 +50,8 @@ class Loop:
             if microbatch.last:
                 self._step()
                 work.optimizer.zero_grad()
+                yield total
         self._schedule("epoch")
-        mean: float = parallel.add_up(total).item() / work.batches.size("train")
-        return mean
 
     def follow(self, loss: float) -> None:
         """After an epoch, with its validation loss, for a scheduler that follows that."""
@@ -65,12 +73,18 @@ class Loop:
             return trained.no_sync()
         return nullcontext()
 
-    def _backward(self, microbatch: Microbatch) -> Tensor:
+    def forward(self, microbatch: Microbatch) -> tuple[Tensor, Any, Any, Tensor]:
+        """Inputs and targets as they are trained on, the outputs, and their mean loss."""
         work = self._at_work
         inputs, targets = work.task.mix(work.tuning.apply(microbatch.inputs), microbatch.targets)
         with self._autocast():
             outputs = work.trained(inputs)
             loss = work.task.loss(outputs, targets)
+        return inputs, targets, outputs, loss
+
+    def _backward(self, microbatch: Microbatch) -> Tensor:
+        work = self._at_work
+        inputs, targets, outputs, loss = self.forward(microbatch)
         work.method.after_forward(
             inputs, targets, outputs, weight=microbatch.weight, last=microbatch.last
         )

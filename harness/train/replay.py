@@ -1,0 +1,230 @@
+"""What the masks of finished trials cost: their steps taken once more, by turns with plain ones.
+
+What a step costs depends on the mask in force, on shapes, precision, optimizer and device, and
+hardly on the weights. So one training of the method takes a few steps under each mask that its
+trials had, one of the baseline as many beside them, and the epochs of each trial are added up:
+freezing and the first step, the other steps, and a decision. No weight moves meanwhile. Tests,
+checkpoints and tuning are left out, and the learning rate's schedule, which costs next to nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, count
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import neq
+from harness.data.dataset import Microbatch
+from harness.storage.locations import Location
+from harness.storage.masks import EpochMask, UnknownMaskError
+from harness.suite.config import TrialSpec
+from harness.train.assembly import assemble
+from harness.train.kept import kept_for_backward, state_bytes
+from harness.train.loop import Loop
+from harness.train.turns import Turns, by_turns, chosen_plans, epoch_weights
+
+STEPS = 3  # that are timed in a row, at least
+ROW = 0.05  # seconds that such a row takes, at least
+WARM = 3  # pairs that are not counted
+DECISIONS = 3
+
+Progress = Callable[[int, int], None]  # pairs that were taken, of how many
+
+
+class UnreplayableError(Exception):
+    """Why the masks of a trial can't be replayed here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What a trial, by its key, did in its epochs: masks, and FLOPs that its backwards executed."""
+
+    trial: str
+    masks: Sequence[EpochMask]
+    executed: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """A row of `replays`, but for what it was measured on."""
+
+    trial: str
+    seconds: float
+    seconds_plain: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    plans: int
+    plans_measured: int
+    activation_bytes: float
+    activation_bytes_plain: float
+    optimizer_bytes: float
+    optimizer_bytes_plain: float
+
+
+def replay(
+    method: TrialSpec,
+    plain: TrialSpec,
+    courses: Sequence[Course],
+    location: Location,
+    device: torch.device,
+    seconds: float,
+    progress: Progress,
+) -> list[Replayed]:
+    """The trials of one method, replayed within about so many seconds.
+
+    `method`, `plain`: a trial of the method, and one of the baseline. Raises UnreplayableError
+    where the method has no freezer, or its masks can't be had back, and UserError as a trial would.
+    """
+    sides = Sides(method, plain, device, location)
+    plans = list(dict.fromkeys(mask for course in courses for mask in course.masks))
+    masks = [sides.mask(plan) for plan in plans]
+    executed = [sides.executed(mask) for mask in masks]
+    at = {plan: number for number, plan in enumerate(plans)}
+    for course in courses:
+        if [executed[at[mask]] for mask in course.masks] != list(course.executed):
+            raise UnreplayableError("here its backwards would not execute what they did execute")
+    sides.warm_up()
+    rounds, most = sides.affordable(len(plans), seconds)
+    chosen = chosen_plans(executed, most)
+    turns = by_turns([partial(sides.pair, masks[p]) for p in chosen], rounds, progress)
+    bytes_kept = np.array([sides.kept(masks[p]) for p in chosen], dtype=float)
+    kept_plain = sides.kept_plain()
+    decisions = sides.decisions()
+    found = []
+    for course in courses:
+        epochs = [at[mask] for mask in course.masks]
+        weights = epoch_weights(epochs, executed, chosen)
+        ratio, low, high = turns.ratio(weights, decisions)
+        whole = len(epochs) * turns.plain
+        found.append(
+            Replayed(
+                trial=course.trial,
+                seconds=whole * ratio,
+                seconds_plain=whole,
+                ratio=ratio,
+                ratio_low=low,
+                ratio_high=high,
+                plans=len(set(epochs)),
+                plans_measured=len(set(epochs) & set(chosen)),
+                activation_bytes=float(weights @ bytes_kept),
+                activation_bytes_plain=kept_plain,
+                optimizer_bytes=state_bytes(sides.method.work.optimizer),
+                optimizer_bytes_plain=state_bytes(sides.plain.work.optimizer),
+            )
+        )
+    return found
+
+
+class _Training:
+    """A trial's training that can be had step by step; no weight moves: the rate is zero."""
+
+    def __init__(self, spec: TrialSpec, device: torch.device, location: Location) -> None:
+        work = assemble(spec, device, location, None)
+        self.work = replace(work, scheduler=None)
+        for group in self.work.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._loop = Loop(self.work, spec.suite.recipe, spec.seed)
+        self._steps = chain.from_iterable(map(self._loop.steps, count()))
+        self._sample: Microbatch | None = None
+
+    def take(self, steps: int) -> None:
+        """So many steps, each with the next batch."""
+        for _ in range(steps):
+            next(self._steps)
+
+    def kept(self) -> int:
+        """Bytes that a forward keeps for its backward."""
+        self._sample = self._sample or next(iter(self.work.batches.train(0)))
+        with kept_for_backward(self.work.model) as kept:
+            _held = self._loop.forward(self._sample)
+        return kept.total
+
+
+class Sides:
+    """A method's training and a plain one, whose steps are taken by turns."""
+
+    def __init__(
+        self, method: TrialSpec, plain: TrialSpec, device: torch.device, location: Location
+    ) -> None:
+        self._device = device
+        self.method = _Training(method, device, location)
+        freezer = getattr(self.method.work.method, "freezer", None)
+        if not isinstance(freezer, neq.NeuronFreezer):
+            raise UnreplayableError("its method has no NeuronFreezer whose masks could be set")
+        self._freezer = freezer
+        self.plain = _Training(plain, device, location)
+        self._length = self.method.work.batches.steps
+        self._row, self._pair_seconds = STEPS, 0.0
+
+    def mask(self, plan: EpochMask) -> Tensor:
+        """The mask of an epoch, bool [neurons]; raises UnreplayableError where it is not known."""
+        try:
+            return plan.tensor(self._freezer.neurons)
+        except UnknownMaskError as error:
+            raise UnreplayableError(str(error)) from None
+
+    def executed(self, mask: Tensor) -> int:
+        """FLOPs that the backwards of an epoch execute here under the mask."""
+        self._freezer.freeze(mask)
+        work = self.method.work
+        samples = work.training.samples["train"]
+        return work.costs.backward(mask, samples, self._freezer.plan).executed
+
+    def warm_up(self) -> None:
+        """Take some steps that are not counted, and see how long they take."""
+        nobody = torch.zeros_like(self._freezer.frozen)
+        for _ in range(WARM):
+            first, _ = self.pair(nobody, 0)
+            step = first / self._length
+        self._row = max(STEPS, ceil(ROW / step))
+        self._pair_seconds = 2 * step * (1 + self._row)
+
+    def affordable(self, plans: int, seconds: float) -> tuple[int, int]:
+        """How often each plan is measured, and of how many plans, in about so many seconds."""
+        return Turns.affordable(plans, seconds, self._pair_seconds)
+
+    def pair(self, mask: Tensor, number: int) -> tuple[float, float]:
+        """Seconds of an epoch under the mask, and of a plain one; that begins every other time."""
+        sides = [self._frozen_epoch, self._plain_epoch][:: 1 if number % 2 else -1]
+        seconds = {side: side(mask) for side in sides}
+        return seconds[self._frozen_epoch], seconds[self._plain_epoch]
+
+    def _frozen_epoch(self, mask: Tensor) -> float:
+        return self._epoch(self.method, lambda: self._freezer.freeze(mask))
+
+    def _plain_epoch(self, _mask: Tensor) -> float:
+        return self._epoch(self.plain, lambda: None)
+
+    def _epoch(self, side: _Training, begin: Callable[[], None]) -> float:
+        """Seconds of an epoch: its first step, and the others as long as those of a row."""
+        with neq.stopwatch(self._device) as first:
+            begin()
+            side.take(1)
+        with neq.stopwatch(self._device) as row:
+            side.take(self._row)
+        return first[0] + (self._length - 1) * row[0] / self._row
+
+    def decisions(self) -> list[float]:
+        """Seconds of deciding over those of a plain epoch, taken by turns."""
+        method, ratios = self.method.work.method, []
+        self.method.work.start()
+        for epoch in range(DECISIONS):
+            self.method.work.training.count()
+            with neq.stopwatch(self._device) as seconds:
+                method.end_epoch(epoch)
+            ratios.append(seconds[0] / self._plain_epoch(self._freezer.frozen))
+        return ratios
+
+    def kept(self, mask: Tensor) -> int:
+        """Bytes that a forward keeps for its backward under the mask."""
+        self._freezer.freeze(mask)
+        return self.method.kept()
+
+    def kept_plain(self) -> int:
+        """The same of plain training."""
+        return self.plain.kept()
