@@ -221,6 +221,7 @@ def campaign(
     seeds = f"{2 * number}-{2 * number + 1}"
     quiet, disturbed = folder / f"quiet{number}", folder / f"disturbed{number}"
     words = f"run digits --methods {METHODS} --seeds {seeds} --set recipe.epochs={epochs}".split()
+    words += ["--no-replay"]
     words += [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "harness", *words, "--results"]
     subprocess.run(

@@ -20,7 +20,8 @@ NEQBENCH = Path(sys.executable).parent / "neqbench"
 
 def small(root, *more):
     settings = [word for setting in SMALL for word in ("--set", setting)]
-    return ["run", "digits", *settings, "--executor", "inline", "--results", root, *more]
+    words = ["--executor", "inline", "--no-replay", "--results", root]
+    return ["run", "digits", *settings, *words, *more]
 
 
 def test_run_resume_report(tmp_path, neqbench):
@@ -236,7 +237,7 @@ TINY = [  # ImageNet's suite, so small that two cores manage it
 
 def tiny(root, *more):
     sets = [part for setting in TINY for part in ("--set", setting)]
-    choice = ["--methods", "baseline,neq", "--seeds", "0", "--executor", "inline"]
+    choice = ["--methods", "baseline,neq", "--seeds", "0", "--executor", "inline", "--no-replay"]
     return ["run", "imagenet", *sets, *choice, "--results", root, *more]
 
 

@@ -202,7 +202,7 @@ def test_json_that_says_something_else(text, tmp_path, results, neqbench):
 
 
 def run_again(neqbench, root, *more):
-    words = ["run", "digits", *SETTINGS, "--executor", "inline", "--results", root]
+    words = ["run", "digits", *SETTINGS, "--executor", "inline", "--no-replay", "--results", root]
     return neqbench(*words, *more)
 
 

@@ -81,7 +81,7 @@ def test_a_running_trial_has_a_heartbeat(results, neqbench):
 
 def test_watching_ends_when_nothing_is_left(tmp_path, neqbench):
     words = [sys.executable, "-m", "harness", "run", "digits", *SETTINGS, "--executor", "inline"]
-    words += ["--results", str(tmp_path), "--methods", "neq", "--seeds", "0-1"]
+    words += ["--results", str(tmp_path), "--methods", "neq", "--seeds", "0-1", "--no-replay"]
     with subprocess.Popen(words, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL):
         watched = neqbench("status", "--results", tmp_path, "--watch")
     assert watched.returncode == 0

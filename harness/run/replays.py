@@ -18,7 +18,7 @@ from harness.storage.schema import identified
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec, digest
 from harness.train.neighbours import Neighbours
-from harness.train.replay import Course, Progress, Replayed, UnreplayableError, replay
+from harness.train.replay import Course, Place, Progress, Replayed, UnreplayableError, replay
 
 Row = Mapping[str, Any]
 Shown = Callable[[str], None]
@@ -176,7 +176,8 @@ def _replayed(
         with undisturbed(first.suite, Slot(gpu, 1)), others.registered():
             torch.set_num_threads(row["threads"])
             others.begin()
-            found = replay(first, plain, courses, store.location, device, seconds, progress)
+            place = Place(device=device, location=store.location, tuning=_tuning(store, first))
+            found = replay(first, plain, courses, place, seconds, progress)
             seen: dict[str, Any] = {
                 "trials_on_device": others.trials(),
                 "other_load": others.load(),
@@ -188,6 +189,12 @@ def _replayed(
     for spec, one in zip(specs, found, strict=True):
         _store(store, spec, one, seen)
     return _told(name, found, seen)
+
+
+def _tuning(store: Store, trial: TrialSpec) -> Mapping[str, Any] | None:
+    """That of the trial's checkpoint, if it is still there."""
+    state = store.load_checkpoint(trial.key)
+    return None if state is None else state["tuning"]
 
 
 def _store(store: Store, spec: TrialSpec, replayed: Replayed, seen: Row) -> None:

@@ -7,11 +7,12 @@ freezing and the first step, the other steps, and a decision. No weight moves me
 checkpoints and tuning are left out, and the learning rate's schedule, which costs next to nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from harness.data.dataset import Microbatch
 from harness.storage.locations import Location
 from harness.storage.masks import EpochMask, UnknownMaskError
 from harness.suite.config import TrialSpec
-from harness.train.assembly import assemble
+from harness.train.assembly import Assembly, assemble
 from harness.train.kept import kept_for_backward, state_bytes
 from harness.train.loop import Loop
 from harness.train.turns import Turns, by_turns, chosen_plans, epoch_weights
@@ -49,6 +50,22 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where steps are taken: on which device, where the suite's results lie, and the tuning with
+    which the trials were (None: that of this kind of machine, kept there or measured).
+    """
+
+    device: torch.device
+    location: Location
+    tuning: Mapping[str, Any] | None
+
+    def assemble(self, spec: TrialSpec) -> Assembly:
+        """All that the trial trains with."""
+        state = None if self.tuning is None else {"tuning": self.tuning}
+        return assemble(spec, self.device, self.location, state)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """A row of `replays`, but for what it was measured on."""
 
@@ -70,8 +87,7 @@ def replay(
     method: TrialSpec,
     plain: TrialSpec,
     courses: Sequence[Course],
-    location: Location,
-    device: torch.device,
+    place: Place,
     seconds: float,
     progress: Progress,
 ) -> list[Replayed]:
@@ -80,7 +96,7 @@ def replay(
     `method`, `plain`: a trial of the method, and one of the baseline. Raises UnreplayableError
     where the method has no freezer, or its masks can't be had back, and UserError as a trial would.
     """
-    sides = Sides(method, plain, device, location)
+    sides = Sides(method, plain, place)
     plans = list(dict.fromkeys(mask for course in courses for mask in course.masks))
     masks = [sides.mask(plan) for plan in plans]
     executed = [sides.executed(mask) for mask in masks]
@@ -123,9 +139,8 @@ def replay(
 class _Training:
     """A trial's training that can be had step by step; no weight moves: the rate is zero."""
 
-    def __init__(self, spec: TrialSpec, device: torch.device, location: Location) -> None:
-        work = assemble(spec, device, location, None)
-        self.work = replace(work, scheduler=None)
+    def __init__(self, spec: TrialSpec, place: Place) -> None:
+        self.work = replace(place.assemble(spec), scheduler=None)
         for group in self.work.optimizer.param_groups:
             group["lr"] = 0.0
         self._loop = Loop(self.work, spec.suite.recipe, spec.seed)
@@ -148,16 +163,14 @@ class _Training:
 class Sides:
     """A method's training and a plain one, whose steps are taken by turns."""
 
-    def __init__(
-        self, method: TrialSpec, plain: TrialSpec, device: torch.device, location: Location
-    ) -> None:
-        self._device = device
-        self.method = _Training(method, device, location)
+    def __init__(self, method: TrialSpec, plain: TrialSpec, place: Place) -> None:
+        self._device = place.device
+        self.method = _Training(method, place)
         freezer = getattr(self.method.work.method, "freezer", None)
         if not isinstance(freezer, neq.NeuronFreezer):
             raise UnreplayableError("its method has no NeuronFreezer whose masks could be set")
         self._freezer = freezer
-        self.plain = _Training(plain, device, location)
+        self.plain = _Training(plain, place)
         self._length = self.method.work.batches.steps
         self._row, self._pair_seconds = STEPS, 0.0
 
