@@ -13,6 +13,10 @@ import neq
 from neq.required import BATCH
 
 aten = torch.ops.aten
+FUSED = (
+    *("flash_attention_for_cpu", "flash_attention", "efficient_attention"),
+    "cudnn_attention",  # of half precision on recent GPUs
+)
 Shape = Sequence[int]
 
 
@@ -29,7 +33,7 @@ class Rules:
         self.mapping: dict[Any, Callable[..., int]] = {
             aten.convolution_backward: self._convolution_backward
         }
-        for name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
+        for name in FUSED:
             forward = getattr(aten, f"_scaled_dot_product_{name}")
             self.mapping[forward] = self._attention
             self.mapping[getattr(aten, f"_scaled_dot_product_{name}_backward")] = self._backward
