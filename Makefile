@@ -1,4 +1,4 @@
-# Every target sets up .venv first. `make help` lists them.
+# Every target but gpu sets up .venv first. `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 NEQBENCH := $(VENV)/bin/neqbench
@@ -9,7 +9,7 @@ ADDRESS ?= http://127.0.0.1:8265
 RESULTS ?= $(CURDIR)/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-segmentation test lint faults cifar10 imagenet segmentation report submit
+.PHONY: help setup bench bench-segmentation test lint faults gpu cifar10 imagenet segmentation report submit
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ submit: setup ## run SUITE as a job on the Ray cluster at ADDRESS, results in RE
 
 faults: setup ## kill workers, nodes and drivers at random; compare with an undisturbed run
 	$(VENV)/bin/python tests/faults.py $(ARGS)
+
+# Nothing is installed or downloaded: it takes what $(PYTHON) has.
+gpu: ## tests, speed tables and epochs of cifar10 on this GPU in 10 minutes (ARGS="--data FOLDER")
+	$(PYTHON) tests/gpu_kit.py --results $(RESULTS) $(ARGS)
 
 # Three on two cores: many tests wait for other processes.
 test: setup ## the tests that CI runs, JOBS of them at a time

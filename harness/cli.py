@@ -276,21 +276,45 @@ def speed(
     precision: Annotated[
         Literal["float32", "bf16", "fp16"] | None, typer.Option(help="For --model (float32).")
     ] = None,
-    frozen: Annotated[
-        str, typer.Option(help="Shares of the freezable neurons.")
-    ] = "0,0.25,0.5,0.75,0.9,1",
+    step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Your own training: it returns (model, optimizer, step); step() does one step "
+            "and returns the loss.",
+        ),
+    ] = None,
+    frozen: Annotated[str, typer.Option(help="Shares of the freezable neurons.")] = "0.5,0.75,0.9",
     seed: Seed = 0,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0, help="How long it may take, about; each mask is timed twice anyway."),
+    ] = 55,
     format: Format = "rich",
 ) -> None:
-    """Time steps with frozen neurons against dense ones, on this machine."""
-    from harness.commands.speed import parse_shares, print_speed
+    """Time steps with frozen neurons against dense ones, on this machine: from when on it pays."""
+    from time import perf_counter
+
+    ends = perf_counter() + seconds
+    from harness.commands.speed import own_speed, parse_shares
     from harness.commands.speed import speed as measure
+    from harness.commands.speed_view import print_speed
     from harness.flops.subject import subject
+    from harness.train.pays import Asked
 
     wanted = parse_shares(frozen)
+    others = [suite, settings or None, model, input, batch, precision]
+    if step is not None and others.count(None) < len(others):
+        raise UserError(
+            "--step brings its own model, data and precision: give no suite, --set, --model, "
+            "--input, --batch or --precision with it"
+        )
     with progress_line() as shown:
-        found = subject(suite, settings or (), model, input)
-        timed = measure(found, batch, wanted, seed, precision, shown.update)
+        if step is not None:
+            timed = own_speed(step, wanted, seed, ends - perf_counter(), shown.update)
+        else:
+            found = subject(suite, settings or (), model, input)
+            timed = measure(found, batch, precision, Asked(wanted, seed, ends, shown.update))
     if format == "json":
         write_json(timed.json())
     else:

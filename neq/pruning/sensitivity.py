@@ -228,7 +228,7 @@ class NeuronSensitivity:
             self._totals.get(name, torch.zeros(layer.size, device=device))
             for name, layer in self.layers.items()
         ]
-        samples = torch.tensor([float(self._samples)], device=device)
+        samples = torch.full((1,), float(self._samples), device=device)
         self.reset()
         if workers() > 1:
             flat = add_up(torch.cat([*parts, samples]))

@@ -1,0 +1,182 @@
+"""Steps of trials on an accelerator that is none: no tensor lies elsewhere, and no step waits."""
+
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import fake_device
+import pytest
+import torch
+from torch import Tensor
+from trials import same, small
+
+from harness.flops.costs import count_costs
+from harness.suite.parts import build_model
+from harness.train import assembly
+from harness.train.loop import Loop
+from harness.train.tuning import Tuning
+from neq.kernels import Rows
+
+SETTINGS = [
+    "recipe.epochs=3",
+    "methods.neq-group.eps=0.05",
+    "methods.neq-budget.flops=0.6",
+    "methods.random-layers.flops=0.5",
+    "methods.random.keep=0.3",  # few enough for the kernels of some rows
+    "methods.random-cut={kind='random', keep=0.3, gradient='cut'}",
+    "methods.gradual={sparsity=0.5}",
+    "methods.serene={lam=1e-3, twt=0.05, pwe=2}",
+]
+ADAMW = "recipe.optimizer={name='AdamW', lr=1e-2, weight_decay=0.1}"
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Calls a function in a process that knows the device."""
+    # Before any backward: it is then that torch counts its devices.
+    with ProcessPoolExecutor(1, get_context("spawn"), fake_device.install) as pool:
+        yield lambda function, *given: pool.submit(function, *given).result()
+
+
+def train(spec, device, quiet, plant=None):
+    """Train and decide as a trial does; (weights, neurons frozen in each epoch, test metric).
+
+    `quiet`: a context for every step but the first, before which the data are moved.
+    """
+    work = assembly.assemble(spec, device, None, {"tuning": Tuning().to_json()})
+    if plant is not None:
+        work.model.register_forward_hook(plant)
+    loop, frozen = Loop(work, spec.suite.recipe, spec.seed), []
+    work.start()
+    for epoch in range(spec.suite.recipe.epochs):
+        frozen.append(int(work.begin_epoch()[0].sum()))
+        steps = loop.steps(epoch)
+        next(steps)
+        with quiet():
+            assert sum(1 for _ in steps) == work.batches.steps - 1
+        work.evaluator.loss("validation")
+        work.method.end_epoch(epoch)
+    metric = work.evaluator.loss_and_metric("test")
+    return {k: v.cpu() for k, v in work.model.state_dict().items()}, frozen, metric
+
+
+def on_device(method, settings, plant=None):
+    spec = small(method, *SETTINGS, *settings)
+    parts = spec.suite.model
+    model = build_model(parts.build, spec.folder, parts.arguments)
+    costs = count_costs(model, parts.input, parts.unpublished)  # traced: not on such a device
+    with patch.object(assembly, "count_costs", lambda *_: costs), fake_device.present() as device:
+        weights, *rest = train(spec, device, fake_device.strict, plant)
+        return {name: tensor.clone() for name, tensor in weights.items()}, *rest
+
+
+def both(method, settings):
+    spec = small(method, *SETTINGS, *settings)
+    there = on_device(method, settings)
+    here = train(spec, torch.device("cpu"), nullcontext)
+    assert same(there, here)
+    return there[1]
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("baseline", []),
+        ("neq", []),
+        ("neq", [ADAMW]),
+        ("neq-cut", []),
+        ("random", []),
+        ("random-cut", []),
+        ("neq-group", []),
+        ("neq-cka", []),
+        ("neq-budget", []),
+        ("random-layers", []),
+        ("gradual", []),
+        ("serene", []),
+    ],
+)
+def test_no_step_waits_and_all_is_as_on_the_cpu(apart, method, settings):
+    frozen = apart(both, method, settings)
+    assert any(frozen) is (method not in ("baseline", "gradual", "serene"))
+
+
+def reads_a_value(_module, _inputs, output):
+    output.sum().item()
+
+
+def asks_for_a_shape(_module, _inputs, output):
+    output[output > 0]
+
+
+def mixes(_module, _inputs, output):
+    return output + torch.ones(output.shape)
+
+
+def planted(plant):
+    on_device("random", [], plant)
+
+
+@pytest.mark.parametrize(
+    "plant, error, words",
+    [
+        (reads_a_value, fake_device.WaitedError, "_local_scalar_dense"),
+        (asks_for_a_shape, fake_device.WaitedError, "aten.index"),
+        (mixes, RuntimeError, "expected all tensors on the device"),
+    ],
+)
+def test_a_planted_fault_is_found(apart, plant, error, words):
+    with pytest.raises(error, match=words):
+        apart(planted, plant)
+
+
+def rows_on_the_cpu():
+    with patch.object(Rows, "to", lambda rows, _device: rows):
+        on_device("random", [])
+
+
+def test_rows_that_stayed_on_the_cpu_are_found(apart):
+    with pytest.raises(RuntimeError, match="expected all tensors on the device"):
+        apart(rows_on_the_cpu)
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "cpu": lambda x: x.cpu(),
+    "tolist": lambda x: x.tolist(),
+    "nonzero": lambda x: x.nonzero(),
+    "to the device": lambda x: torch.ones(2).to(x.device),
+    "made from a list": lambda x: torch.tensor([1.0], device=x.device),
+    "equal": lambda x: torch.equal(x, x),
+    "copy": lambda x: x.copy_(torch.ones(3, 2)),
+}
+
+
+def waits(name):
+    with fake_device.present() as device:
+        x = torch.ones(3, 2, device=device)
+        WAITS[name](x)  # outside of steps it may
+        with fake_device.strict():
+            (x @ x.t()).sum().mul(2.0).add_(torch.tensor(1.0))
+            WAITS[name](x)
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_makes_the_host_wait_is_refused_inside_steps_alone(apart, name):
+    with pytest.raises(fake_device.WaitedError):
+        apart(waits, name)
+
+
+def made_and_moved():
+    with fake_device.present() as device:
+        x = torch.arange(6.0, device=device).view(2, 3)
+        values = x.cpu()
+        return type(x) is Tensor, x.device.type, x.t().is_contiguous(), values
+
+
+def test_tensors_say_that_they_lie_there(apart):
+    plain, kind, contiguous, values = apart(made_and_moved)
+    assert (plain, kind, contiguous) == (False, fake_device.NAME, False)
+    assert type(values) is Tensor
+    assert torch.equal(values, torch.arange(6.0).view(2, 3))
