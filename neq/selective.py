@@ -189,7 +189,9 @@ class _Norm(_Selective):
         weight, rows = self.weight, self._neq_work.rows
         assert isinstance(weight, Tensor)
         assert rows is not None
-        if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+        # Of a parameter, or of a part of one that holds several flattened.
+        same = saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
+        if not same or saved.storage_offset() != weight.storage_offset():
             return saved
         return weight.detach().index_fill(0, rows.fillers, 0)
 

@@ -195,7 +195,7 @@ def test_a_model_whose_flops_cannot_be_counted():
 def test_kernels_are_timed_as_the_step_calls_the_model(net, monkeypatch):
     seen = []
 
-    def measure(model, inputs):
+    def measure(model, inputs, *_):
         with torch.no_grad():
             seen.append(model(inputs).dtype)
         return neq.Timings({name: {} for name in neq.NeuronIndex(model)})
@@ -397,3 +397,9 @@ def test_a_step_stands_alone(neqbench, more):
     done = neqbench("speed", "--step", "test_pays:good", *more)
     assert done.returncode == 2
     assert "--step brings its own model, data and precision" in done.stderr
+
+
+@pytest.mark.parametrize("shares", [[], [50], [0.5, -0.1]])
+def test_shares_that_are_none(shares):
+    with pytest.raises(UserError, match="name shares from 0 to 1"):
+        pays(*good(), frozen=shares)

@@ -138,22 +138,30 @@ def test_only_what_is_new_is_measured(tmp_path, monkeypatch):
 
 def test_weights_do_not_move_and_streams_stay(tmp_path, monkeypatch):
     """A replay trains at a rate of zero, and nothing outside notices."""
-    spec, seen = small("neq", "recipe.epochs=2"), []
+    spec, seen = small("neq"), []
     run(spec, tmp_path)
 
     class Seen(replaying.Sides):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.remember()
+
         def decisions(self):
             found = super().decisions()
-            for side in (self.method, self.plain):
-                seen.append([p.detach().clone() for p in side.work.model.parameters()])
+            self.remember()
             return found
+
+        def remember(self):
+            models = [side.work.model for side in (self.method, self.plain)]
+            seen.append([p.detach().clone() for model in models for p in model.parameters()])
 
     monkeypatch.setattr(replaying, "Sides", Seen)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     replay([spec], tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    assert all(map(torch.equal, *seen))  # both began with the same weights
+    before, after = seen
+    assert all(map(torch.equal, before, after))
 
 
 def test_a_device_that_was_not_free(tmp_path):
@@ -225,9 +233,9 @@ def test_in_the_report(tmp_path):
     assert found.seconds_replayed_ratio_high == pytest.approx(math.exp(high))
     assert found.seconds_replayed_n == 4
     assert found.seconds_replayed_verdict == "less"
-    # Four independent trials, each with the same half width: half of it.
-    assert found.seconds_replayed_pairs_low == pytest.approx(math.exp(logs.mean()) * 0.98**0.5)
-    assert found.seconds_replayed_pairs_high == pytest.approx(math.exp(logs.mean()) * 1.03**0.5)
+    # Measured together, so that their errors don't average out.
+    assert found.seconds_replayed_pairs_low == pytest.approx(math.exp(logs.mean()) * 0.98)
+    assert found.seconds_replayed_pairs_high == pytest.approx(math.exp(logs.mean()) * 1.03)
     assert found.activation_ratio == 0.75
     assert baseline.replays.seconds_replayed_ratio is None
     (section,) = sections(report)
@@ -239,6 +247,12 @@ def test_in_the_report(tmp_path):
     )
     value = json.loads(report.to_json())["groups"][0]["methods"][1]
     assert value["seconds_replayed_ratio"] == found.seconds_replayed_ratio
+    for spec in neqs:  # seeds that had the same masks, and so the same figure
+        plant(tmp_path, spec, {"ratio": 0.99, "ratio_low": 0.97, "ratio_high": 1.01})
+    (group,) = load_report([Store(tmp_path, "digits")]).groups
+    found = group.methods[1].replays
+    assert found.seconds_replayed_ratio_low == pytest.approx(0.99)
+    assert found.seconds_replayed_verdict == "unclear"
 
 
 REFUSED = [
@@ -257,6 +271,42 @@ def test_what_can_not_be_replayed_is_said(tmp_path, kind, column, value, says):
     assert line.startswith("not replayed: neq (1 trial): ")
     assert says in line
     assert not (tmp_path / "digits" / "replays").exists()
+
+
+def test_a_method_that_raises_does_not_end_the_run(tmp_path, monkeypatch):
+    spec = small("neq", "recipe.epochs=2")
+    run(spec, tmp_path)
+
+    def fails(self):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(replaying.Sides, "decisions", fails)
+    (line,) = replay([spec], tmp_path)
+    assert line == "not replayed: neq (1 trial): KeyError: 'a bug'"
+
+
+def test_results_without_masks(tmp_path):
+    spec = small("neq", "recipe.epochs=2")
+    run(spec, tmp_path)
+    (tmp_path / "digits" / "layers" / f"{spec.key}.parquet").unlink()
+    (line,) = replay([spec], tmp_path)
+    assert line.endswith("its results don't hold the masks of all epochs")
+
+
+def test_what_prunes_is_passed_over(tmp_path):
+    spec = small("gradual", "methods.gradual={sparsity=0.5}", "recipe.epochs=2")
+    run(spec, tmp_path)
+    assert replay([spec], tmp_path) == []
+
+
+def test_two_replays_at_a_time_see_each_other(tmp_path):
+    """As of two runs that end together: neither is alone."""
+    spec = small("neq", "recipe.epochs=2")
+    run(spec, tmp_path)
+    with Neighbours(torch.device("cpu"), "another run's replay").registered():
+        (line,) = replay([spec], tmp_path)
+    assert "while 2 trials were on the device" in line
+    assert replayed(tmp_path)["trials_on_device"].tolist() == [2]
 
 
 def test_own_methods_are_replayed_if_they_have_a_freezer(toys, tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 
 import neq
 from harness.flops.costs import count_costs
-from harness.storage.masks import EpochMask, UnknownMaskError, epoch_masks, layer_mask
+from harness.storage.masks import UnknownMaskError, epoch_masks, layer_mask
 
 
 class Grouped(nn.Module):
@@ -98,4 +98,3 @@ def test_what_is_not_known_is_said():
         epoch_masks(before_version_4)[0].tensor(index)
     with pytest.raises(UnknownMaskError, match="not those of the model"):
         epoch_masks(rows[1:])[0].tensor(index)
-    assert isinstance(epoch_masks(rows)[0], EpochMask)

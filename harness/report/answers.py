@@ -46,10 +46,11 @@ def _left(pruned: Pruned) -> list[str]:
 
 
 def _kept(row: MethodRow, table: GroupTable) -> str:
-    quality, metric = row.quality, table.metric
+    quality, metric, takes = row.quality, table.metric, _replayed(row.replays)
     if quality.difference is None:
         reached = f"{100 * quality.metric_mean:.2f} %"
-        return f"has {reached} {metric}, and no baseline to compare with."
+        more = f" It {takes}." if takes else ""
+        return f"has {reached} {metric}, and no baseline to compare with.{more}"
     found = f"{signed(quality.difference)} points"
     if quality.difference_low is not None:
         found += f", between {signed(quality.difference_low)} and {signed(quality.difference_high)}"
@@ -60,20 +61,24 @@ def _kept(row: MethodRow, table: GroupTable) -> str:
         "undecided": f"may or may not lose {margin} of the baseline's {metric}",
     }.get(quality.verdict or "", f"has no verdict on {metric}")
     why = f"; {row.withheld}" if row.withheld else ""
-    return f"{answer} ({found}; n = {quality.difference_n}{why}){_replayed(row.replays)}."
+    return (
+        f"{answer} ({found}; n = {quality.difference_n}{why}){f', and {takes}' if takes else ''}."
+    )
 
 
 def _replayed(found: Replays) -> str:
-    """What it takes of the baseline's seconds and bytes, by the replays, as the end of a
-    sentence.
-    """
-    if found.seconds_replayed_ratio is None or found.seconds_replayed_withheld:
-        return ""
-    low, high = found.seconds_replayed_ratio_low, found.seconds_replayed_ratio_high
-    ends = "" if low is None else f"; {low:.2f} to {high:.2f}"
+    """What it takes of plain training's seconds and bytes, by the replays; empty: not known."""
     ratio, kept = found.seconds_replayed_ratio, found.activation_ratio
-    also = "" if kept is None else f" and × {kept:.2f} of its activations' bytes"
-    return f", and takes × {ratio:.2f} of the baseline's time (replayed{ends}){also}"
+    low, high = found.seconds_replayed_ratio_low, found.seconds_replayed_ratio_high
+    if low is None:  # of a single seed: those of its pairs of steps
+        low, high = found.seconds_replayed_pairs_low, found.seconds_replayed_pairs_high
+    parts, whose = [], "the baseline's"
+    if ratio is not None and not found.seconds_replayed_withheld:
+        parts = [f"× {ratio:.2f} of {whose} time (replayed; {low:.2f} to {high:.2f})"]
+        whose = "its"
+    if kept is not None:
+        parts.append(f"× {kept:.2f} of {whose} activations' bytes")
+    return f"takes {' and '.join(parts)}" if parts else ""
 
 
 def _less(saved: float) -> str:

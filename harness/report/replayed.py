@@ -1,11 +1,12 @@
 """Seconds and bytes of methods by the replays of their trials."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from harness.report.intervals import direction, ratio
+from harness.report.intervals import Interval, direction, ratio
 from harness.report.method_row import Replays
 from harness.report.per_trial import by_seed, timing_withheld
 
@@ -20,9 +21,8 @@ def replays_of(rows: pd.DataFrame, replays: pd.DataFrame) -> Replays:
     if mine.empty:
         return Replays()
     found = ratio(by_seed(mine, "ratio"), dict.fromkeys(mine["seed"].astype(int), 1.0))
-    withheld = timing_withheld(mine)
-    towards = None if withheld else direction(found, 1.0)
-    low, high = _of_pairs(mine)
+    withheld, pairs = timing_withheld(mine), _of_pairs(mine)
+    towards = None if withheld else direction(found and _wider(found, *pairs), 1.0)
     activation, optimizer = (
         (float(mine[f"{what}_bytes"].mean()), float(mine[f"{what}_bytes_plain"].mean()))
         for what in ("activation", "optimizer")
@@ -31,8 +31,8 @@ def replays_of(rows: pd.DataFrame, replays: pd.DataFrame) -> Replays:
         seconds_replayed_ratio=found.mean if found else None,
         seconds_replayed_ratio_low=found.low if found else None,
         seconds_replayed_ratio_high=found.high if found else None,
-        seconds_replayed_pairs_low=low,
-        seconds_replayed_pairs_high=high,
+        seconds_replayed_pairs_low=pairs[0],
+        seconds_replayed_pairs_high=pairs[1],
         seconds_replayed_n=len(mine),
         seconds_replayed_verdict=towards and TIMING[towards],
         seconds_replayed_withheld=withheld,
@@ -46,10 +46,18 @@ def replays_of(rows: pd.DataFrame, replays: pd.DataFrame) -> Replays:
 
 
 def _of_pairs(mine: pd.DataFrame) -> tuple[float, float]:
-    """Ends of the geometric mean over seeds by each trial's own bootstrap: they are independent, so
-    half widths of logarithms add up as squares.
+    """Ends of the geometric mean over seeds by the trials' own bootstraps.
+
+    Trials of a method are measured together, by the same pairs: their errors don't average out.
     """
-    logs = np.log(mine[["ratio", "ratio_low", "ratio_high"]].to_numpy())
-    mean, n = float(logs[:, 0].mean()), len(logs)
-    below, above = (float(np.linalg.norm(logs[:, end] - logs[:, 0])) / n for end in (1, 2))
-    return math.exp(mean - below), math.exp(mean + above)
+    low, high = (float(np.log(mine[f"ratio_{end}"]).mean()) for end in ("low", "high"))
+    return math.exp(low), math.exp(high)
+
+
+def _wider(found: Interval, low: float, high: float) -> Interval:
+    """The interval over seeds, no narrower than that of the pairs: where seeds have equal masks,
+    they differ in nothing.
+    """
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=min(found.low, low), high=max(found.high, high))

@@ -99,9 +99,11 @@ def task(function: Callable[..., Any], spec: TrialSpec, slot: Slot) -> Any:
     )
 
 
-def alone_on(node: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns as a task that has the whole of `node`; a line on why there is none
-    where it fails, or the node is not free for long.
+def alone_on(
+    node: dict[str, Any], seconds: float, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """What `function`, which takes about so many seconds, returns as a task that has the whole of
+    `node`; a line on why there is none where it fails, or the node is not free for long.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -115,10 +117,10 @@ def alone_on(node: dict[str, Any], function: Callable[..., Any], *arguments: Any
     )
     asked = remote.remote(*arguments)
     try:
-        return ray.get(asked, timeout=WAIT)
+        return ray.get(asked, timeout=WAIT + seconds)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(asked, force=True)
-        return f"it was not free, or not done, within {WAIT:.0f} s"
+        return f"it was not free, or not done, within {WAIT + seconds:.0f} s"
     except ray.exceptions.RayError as error:
         return cause_of_death(error)
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from harness.run import ray_cluster
-from harness.run.replays import Shown, Told, refused, replays, this_machine
+from harness.run.replays import Shown, Told, lacking, refused, replays, this_machine
+from harness.storage.store import Store
 from harness.suite.config import TrialSpec
 
 
@@ -15,11 +16,18 @@ def on_cluster(
     """
     told: list[Told] = []
     machines: dict[str, None] = {}
+    store = Store(root, trials[0].suite.name)
+    if not lacking(trials, store):
+        return
     with ray_cluster.connected(address) as head:
-        for node in [node for node in head.nodes if node["Alive"]]:
+        for node in [n for n in head.nodes if n["Alive"] and n["Resources"].get("CPU")]:
+            known = {key for one in told for key in one.trials}
+            left = [spec for spec, _ in lacking(trials, store) if spec.key not in known]
+            if not left:
+                break
             name = node["NodeManagerHostname"]
             shown(f"replaying on {name}")
-            found = ray_cluster.alone_on(node, _on_this_node, trials, root, seconds)
+            found = ray_cluster.alone_on(node, seconds, _on_this_node, left, root, seconds)
             if isinstance(found, str):
                 yield Told(f"no replays on {name}: {found}", (), well=False)
                 continue

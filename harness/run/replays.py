@@ -1,6 +1,7 @@
 """After the trials: what their masks cost, measured alone on the device that they ran on."""
 
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import torch
 from harness import parallel
 from harness.errors import UserError, one_line
 from harness.run.attempt import undisturbed
+from harness.storage.locations import StorageError
 from harness.storage.masks import epoch_masks
 from harness.storage.provenance import Slot, alone, code, hardware, provenance
 from harness.storage.schema import identified
@@ -63,7 +65,7 @@ def replays(
     courses = {name: _courses(pairs, store) for name, pairs in by_method.items()}
     plans = {name: len({m for c in found for m in c.masks}) for name, found in courses.items()}
     for name, pairs in by_method.items():
-        part = seconds * plans[name] / sum(plans.values())
+        part = seconds * plans[name] / max(sum(plans.values()), 1)
 
         def progress(done: int, of: int, name: str = name) -> None:
             shown(f"replaying {name}: {done} of {of} pairs of steps")
@@ -91,10 +93,10 @@ def refused(
 
 
 def lacking(trials: Sequence[TrialSpec], store: Store) -> list[tuple[TrialSpec, Row]]:
-    """The trials, with their rows, that are done, no baseline, and have no replay that was alone
-    on its device.
+    """The trials, with their rows, that are done, may have frozen something, and have no replay
+    that was alone on its device.
     """
-    keys = {trial.key for trial in trials if not trial.method_spec.is_baseline}
+    keys = {trial.key for trial in trials if trial.method_spec.may_freeze}
     rows = {row["trial"]: row for row in store.read("trials", only=keys).to_pylist()}
     known = store.read("replays", ["trial", "trials_on_device", "other_load"], only=keys)
     there = {row["trial"] for row in known.to_pylist() if _alone(row)}
@@ -171,23 +173,29 @@ def _replayed(
     plain = _plain(first)
     assert plain is not None
     device, name = parallel.device(gpu), first.method
-    others = Neighbours(device, digest({"replay": first.key, "results": store.location.uri}))
+    others = Neighbours(device, digest({"replay": first.key, "process": os.getpid()}))
+    most = 1
+
+    def looked(done: int, of: int) -> None:
+        nonlocal most
+        most = max(most, others.trials())
+        progress(done, of)
+
     try:
         with undisturbed(first.suite, Slot(gpu, 1)), others.registered():
             torch.set_num_threads(row["threads"])
             others.begin()
             place = Place(device=device, location=store.location, tuning=_tuning(store, first))
-            found = replay(first, plain, courses, place, seconds, progress)
-            seen: dict[str, Any] = {
-                "trials_on_device": others.trials(),
-                "other_load": others.load(),
-            }
+            found = replay(first, plain, courses, place, seconds, looked)
+            seen: dict[str, Any] = {"trials_on_device": most, "other_load": others.load()}
             seen["device"] = hardware(gpu)
-    except (UnreplayableError, UserError, RuntimeError, MemoryError, ValueError) as error:
-        why = f"not replayed: {name} ({counted(specs)}): {one_line(error)}"
-        return Told(why, tuple(spec.key for spec in specs), well=False)
-    for spec, one in zip(specs, found, strict=True):
-        _store(store, spec, one, seen)
+        for spec, one in zip(specs, found, strict=True):
+            _store(store, spec, one, seen)
+    except Exception as error:  # a user's method may raise anything; the trials are done, and safe
+        known = isinstance(error, (UnreplayableError, UserError, StorageError))
+        why = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        text = f"not replayed: {name} ({counted(specs)}): {why}"
+        return Told(text, tuple(spec.key for spec in specs), well=False)
     return _told(name, found, seen)
 
 

@@ -38,11 +38,6 @@ class EpochMask:
     layers: tuple[tuple[str, int, int], ...]  # name, neurons, frozen
     stored: tuple[bytes | None, ...]
 
-    @property
-    def anything(self) -> bool:
-        """Whether anybody stands still."""
-        return any(frozen for _, _, frozen in self.layers)
-
     def tensor(self, neurons: NeuronIndex) -> Tensor:
         """Such a mask, bool [neurons]: where only a count is known, of neurons drawn at random.
 

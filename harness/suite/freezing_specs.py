@@ -48,6 +48,7 @@ class FreezingSpec(PolicySpec):
     approximation.
     """
 
+    may_freeze: ClassVar[bool] = True
     gradient: Literal["exact", "cut"] = "exact"
 
 

@@ -24,6 +24,7 @@ class OwnSpec(Spec):
 
     in_question: ClassVar[bool] = True
     foreign: ClassVar[bool] = True
+    may_freeze: ClassVar[bool] = True
     kind: Literal["own"]
     build: ImportString
     arguments: dict[str, Any] = Field(default_factory=dict)

@@ -10,13 +10,14 @@ class Spec(BaseModel):
 
     `is_baseline`: all others are compared with it. `in_question`: the report answers for it, as it
     does not for controls. `foreign`: it comes from a user's own code, which is tried out before the
-    first trial.
+    first trial. `may_freeze`: its masks are replayed after its trials.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     is_baseline: ClassVar[bool] = False
     in_question: ClassVar[bool] = False
     foreign: ClassVar[bool] = False
+    may_freeze: ClassVar[bool] = False
 
     @property
     def needs_validation(self) -> bool:

@@ -6,10 +6,11 @@ Counted from the tensors themselves, so that they can be told on every device, a
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
+
+from neq import NeuronIndex
 
 
 class KeptBytes:
@@ -41,10 +42,20 @@ def kept_for_backward(model: nn.Module) -> Iterator[KeptBytes]:
         yield kept
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's state: momentum and the like, of all parameters."""
-    tensors = (v for state in optimizer.state.values() for v in state.values())
-    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
+def state_bytes(
+    optimizer: Optimizer, neurons: NeuronIndex | None = None, frozen: Tensor | None = None
+) -> int:
+    """Bytes of the optimizer's state: momentum and the like, of all parameters.
+
+    `frozen`: bool [neurons], who has always stood still; a parameter of such rows alone never gets
+    a state, and does not count.
+    """
+    layers = () if neurons is None or frozen is None else neurons.layers
+    whole = [layer for layer in layers if frozen is not None and frozen[layer.neurons].all()]
+    never = {id(parameter) for layer in whole for parameter in layer.parameters}
+    states = (state for p, state in optimizer.state.items() if id(p) not in never)
+    tensors = (value for state in states for value in state.values())
+    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
 
 
 def _storage(tensor: Tensor) -> int:

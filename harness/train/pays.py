@@ -17,6 +17,7 @@ from harness.flops.costs import CONVOLUTIONS, Costs, count_costs
 from harness.storage.provenance import hardware
 from harness.train.bench import Bench, Case
 from harness.train.drawing import draw
+from harness.train.kept import state_bytes
 from harness.train.speeds import KINDS, Dense, Row, Speed
 from harness.train.untouched import untouched
 from harness.train.watched import Call, Watched
@@ -57,17 +58,19 @@ def pays(
         found.rows       # medians and quartiles over the dense step, FLOPs, bytes
 
     `step` does all that your loop does with one batch (autocast, GradScaler, accumulation,
-    clipping, loading data) and returns the loss, a number or a tensor of one; a scheduler, which is
-    not put back, is better left out. Afterwards model, optimizer and random streams are as before.
-    `frozen`: shares, 0 to 1, of the neurons that may freeze: those of layers that the optimizer
-    trains, without `exclude` (names of layers or dotted prefixes; None: the last linear layer, else
-    the last convolution). `seconds`: about how long it may take; each mask is timed twice anyway.
+    clipping, loading data) and returns the loss, a number or a tensor of one. Afterwards model,
+    optimizer and random streams are as before, but not a scheduler, which is better left out, nor
+    the scale of a GradScaler. `frozen`: shares, 0 to 1, of the neurons that may freeze: those of
+    layers that the optimizer trains, without `exclude` (names of layers or dotted prefixes; None:
+    the last linear layer, else the last convolution). `seconds`: about how long it may take; each mask is timed twice anyway.
     FLOPs are None unless the model takes a single tensor of floating point.
 
-    Raises UserError for a step that returns no loss, does not call the model or does not step the
-    optimizer; for a name that matches no layer; where nothing may freeze; and where several
-    processes train together.
+    Raises UserError for other shares; for a step that returns no loss, does not call the model or
+    does not step the optimizer; for a name that matches no layer; where nothing may freeze; and
+    where several processes train together.
     """
+    if not frozen or not all(0 <= share <= 1 for share in frozen):
+        raise UserError(f"frozen={list(frozen)}: name shares from 0 to 1, such as [0.5, 0.9]")
     asked = Asked(frozen, seed, time.perf_counter() + seconds, progress)
     if neq.parallel.workers() > 1:
         raise UserError("time one process alone: several would have to take the same steps")
@@ -160,7 +163,7 @@ def measured(
         step_seconds=seconds[1],
         backward_seconds=_known(seconds[0]),
         activation_bytes=bench.kept,
-        optimizer_bytes=_state_bytes(watched.optimizer, neurons, torch.zeros_like(freezable)),
+        optimizer_bytes=state_bytes(watched.optimizer, neurons, torch.zeros_like(freezable)),
     )
     floor = _known(floors[0].backward().middle) if floors else None
     rows = [
@@ -172,7 +175,7 @@ def measured(
             floor_ratio=floor,
             activation_ratio=_ratio(case.kept, dense.activation_bytes),
             optimizer_ratio=_ratio(
-                _state_bytes(watched.optimizer, neurons, case.mask), dense.optimizer_bytes
+                state_bytes(watched.optimizer, neurons, case.mask), dense.optimizer_bytes
             ),
             pairs=len(case.pairs),
             **_times(case),
@@ -279,17 +282,6 @@ def _counted(costs: Costs | None, case: Case) -> dict[str, Any]:
         "required_ratio": backward.required / max(backward.dense, 1),
         "executed_ratio": backward.executed / max(backward.dense, 1),
     }
-
-
-def _state_bytes(optimizer: Optimizer, neurons: neq.NeuronIndex, frozen: Tensor) -> int:
-    """Bytes of the state of an optimizer that has known no mask but this: what never trains never
-    gets one.
-    """
-    whole = [layer for layer in neurons.layers if bool(frozen[layer.neurons].all())]
-    never = {id(parameter) for layer in whole for parameter in layer.parameters}
-    states = [state for p, state in optimizer.state.items() if id(p) not in never]
-    tensors = (value for state in states for value in state.values())
-    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
 
 
 def _ratio(part: int, whole: int) -> float | None:

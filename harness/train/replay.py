@@ -2,8 +2,8 @@
 
 What a step costs depends on the mask in force, on shapes, precision, optimizer and device, and
 hardly on the weights. So one training of the method takes a few steps under each mask that its
-trials had, one of the baseline as many beside them, and the epochs of each trial are added up:
-freezing and the first step, the other steps, and a decision. No weight moves meanwhile. Tests,
+trials had, one of the baseline as many beside them, and the epochs of each trial are added up: the
+first step after freezing, the other steps, and a decision, which freezes. No weight moves. Tests,
 checkpoints and tuning are left out, and the learning rate's schedule, which costs next to nothing.
 """
 
@@ -96,6 +96,8 @@ def replay(
     `method`, `plain`: a trial of the method, and one of the baseline. Raises UnreplayableError
     where the method has no freezer, or its masks can't be had back, and UserError as a trial would.
     """
+    if not all(len(course.masks) == len(course.executed) for course in courses):
+        raise UnreplayableError("its results don't hold the masks of all epochs")
     sides = Sides(method, plain, place)
     plans = list(dict.fromkeys(mask for course in courses for mask in course.masks))
     masks = [sides.mask(plan) for plan in plans]
@@ -129,7 +131,7 @@ def replay(
                 plans_measured=len(set(epochs) & set(chosen)),
                 activation_bytes=float(weights @ bytes_kept),
                 activation_bytes_plain=kept_plain,
-                optimizer_bytes=state_bytes(sides.method.work.optimizer),
+                optimizer_bytes=sides.state([masks[epoch] for epoch in epochs]),
                 optimizer_bytes_plain=state_bytes(sides.plain.work.optimizer),
             )
         )
@@ -214,9 +216,11 @@ class Sides:
         return self._epoch(self.plain, lambda: None)
 
     def _epoch(self, side: _Training, begin: Callable[[], None]) -> float:
-        """Seconds of an epoch: its first step, and the others as long as those of a row."""
+        """Seconds of an epoch: its first step, and the others as long as those of a row. Freezing,
+        which `begin` does, is part of a decision.
+        """
+        begin()
         with neq.stopwatch(self._device) as first:
-            begin()
             side.take(1)
         with neq.stopwatch(self._device) as row:
             side.take(self._row)
@@ -237,6 +241,13 @@ class Sides:
         """Bytes that a forward keeps for its backward under the mask."""
         self._freezer.freeze(mask)
         return self.method.kept()
+
+    def state(self, masks: Sequence[Tensor]) -> int:
+        """Bytes of the optimizer's state in a training with these masks: what never trains has
+        none.
+        """
+        always = torch.stack(list(masks)).all(dim=0)
+        return state_bytes(self.method.work.optimizer, self._freezer.neurons, always)
 
     def kept_plain(self) -> int:
         """The same of plain training."""
