@@ -62,8 +62,8 @@ def pays(
     optimizer and random streams are as before, but not a scheduler, which is better left out, nor
     the scale of a GradScaler. `frozen`: shares, 0 to 1, of the neurons that may freeze: those of
     layers that the optimizer trains, without `exclude` (names of layers or dotted prefixes; None:
-    the last linear layer, else the last convolution). `seconds`: about how long it may take; each mask is timed twice anyway.
-    FLOPs are None unless the model takes a single tensor of floating point.
+    the last linear layer, else the last convolution). `seconds`: about how long it may take; each
+    mask is timed twice anyway. FLOPs are None unless the model takes one tensor of floating point.
 
     Raises UserError for other shares; for a step that returns no loss, does not call the model or
     does not step the optimizer; for a name that matches no layer; where nothing may freeze; and
