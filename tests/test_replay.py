@@ -172,7 +172,7 @@ def test_a_device_that_was_not_free(tmp_path):
     replay(trials, tmp_path)
     neqs = [spec for spec in trials if spec.method == "neq"]
     for number, spec in enumerate(neqs):
-        plant(tmp_path, spec, QUIET | {"ratio": 0.5 + number / 100})
+        plant(tmp_path, spec, QUIET | ratios(0.5 + number / 100))
     (group,) = load_report([Store(tmp_path, "digits")]).groups
     found = next(row for row in group.methods if row.method == "neq").replays
     assert found.seconds_replayed_verdict == "less"
@@ -188,6 +188,11 @@ def test_a_device_that_was_not_free(tmp_path):
 
 
 METHODS = ("baseline", "neq")
+
+
+def ratios(ratio):
+    """With ends that are near."""
+    return {"ratio": ratio, "ratio_low": 0.98 * ratio, "ratio_high": 1.03 * ratio}
 
 
 def plant(root, spec, values):
@@ -218,14 +223,13 @@ def test_in_the_report(tmp_path):
         run(spec, tmp_path)
     replay(trials, tmp_path)
     neqs = [spec for spec in trials if spec.method == "neq"]
-    ratios = [0.81, 0.78, 0.85, 0.80]
-    for spec, ratio in zip(neqs, ratios, strict=True):
-        planted = {"ratio": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.03}
-        planted |= {"activation_bytes": 60.0, "activation_bytes_plain": 80.0}
+    found = [0.81, 0.78, 0.85, 0.80]
+    for spec, ratio in zip(neqs, found, strict=True):
+        planted = ratios(ratio) | {"activation_bytes": 60.0, "activation_bytes_plain": 80.0}
         plant(tmp_path, spec, QUIET | planted)
     report = load_report([Store(tmp_path, "digits")])
     baseline, neq = report.groups[0].methods
-    logs = np.log(ratios)
+    logs = np.log(found)
     low, high = stats.t.interval(0.95, 3, logs.mean(), stats.sem(logs))
     found = neq.replays
     assert found.seconds_replayed_ratio == pytest.approx(math.exp(logs.mean()))
