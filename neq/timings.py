@@ -6,7 +6,7 @@ odd. And kernels round differently. A table that is kept makes the choice fast a
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil, inf
@@ -96,22 +96,35 @@ def _bound(times: Mapping[int, float], rows: int) -> float:
     return times[min(known)] if known else inf
 
 
-def measure(model: nn.Module, inputs: Tensor) -> Timings:
+def measure(model: nn.Module, inputs: Tensor, masks: Sequence[Tensor] | None = None) -> Timings:
     """Time the kernels of each convolution and linear layer of `model` on a training batch.
 
     `inputs` [samples, …]: on the model's device, in the memory format of training; call it under
-    the autocast of training. Model and random streams are left as they were.
+    the autocast of training. `masks`, bool [neurons] each: only what a plan for one of them looks
+    up is timed; None: what any plan does. Model and random streams are left as they were.
     """
     devices = [inputs.device] if inputs.is_cuda else []
     found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
-    layers = {}
     with torch.random.fork_rng(devices), torch.enable_grad():
-        for layer, sample in _calls(copy.deepcopy(model).train(), inputs):
-            key = (repr(layer.module), sample)
+        calls = _calls(copy.deepcopy(model).train(), inputs)
+        keys = {layer.name: (repr(layer.module), sample) for layer, sample in calls}
+        asked: dict[tuple[Any, ...], set[int]] = {}
+        for layer, _ in calls:
+            asked.setdefault(keys[layer.name], set()).update(_rows(layer, masks or ()))
+        for layer, sample in calls:
+            key = keys[layer.name]
             if key not in found:
-                found[key] = _time(layer, sample)
-            layers[layer.name] = found[key]
-    return Timings(layers)
+                found[key] = _time(layer, sample, None if masks is None else asked[key])
+    return Timings({name: found[key] for name, key in keys.items()})
+
+
+def _rows(layer: Layer, masks: Iterable[Tensor]) -> Iterator[int]:
+    """How many rows of the layer a plan looks up, for each mask that freezes a part of it."""
+    shape = geometry(layer.module)
+    for mask in masks:
+        frozen = mask[layer.neurons]
+        if bool(frozen.any()) and not bool(frozen.all()):
+            yield len(rows_for("gather", frozen, shape).index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +167,19 @@ def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
     return list(calls.values())
 
 
-def _time(layer: Layer, sample: _Sample) -> dict[str, dict[int, float]]:
-    """Best seconds of one forward and backward, by kernel and rows; one round warms up."""
+def _time(
+    layer: Layer, sample: _Sample, asked: Collection[int] | None
+) -> dict[str, dict[int, float]]:
+    """Best seconds of one forward and backward, by kernel and rows; one round warms up.
+
+    `asked`: how many rows are looked up; None: any number.
+    """
     x = sample.make()
     with torch.no_grad():
         gradient = torch.randn_like(layer.module(x))
     runs = _runs(layer, x, gradient.dtype)
+    if asked is not None:
+        runs = _looked_up(runs, asked)
     best: dict[str, dict[int, float]] = {}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < 20 and time.perf_counter() - start < SECONDS):
@@ -172,9 +192,26 @@ def _time(layer: Layer, sample: _Sample) -> dict[str, dict[int, float]]:
     return best
 
 
-def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[tuple[str, int, Work | None]]:
+Run = tuple[str, int, Work | None]
+
+
+def _looked_up(runs: list[Run], asked: Collection[int]) -> list[Run]:
+    """Of each kernel the run with the fewest rows that are enough for those `asked`, as _bound."""
+    counts: dict[str, list[int]] = {}
+    for kernel, rows, _ in runs:
+        counts.setdefault(kernel, []).append(rows)
+    wanted = {
+        (kernel, min(enough))
+        for kernel, known in counts.items()
+        for rows in asked
+        if (enough := [count for count in known if count >= rows])
+    }
+    return [run for run in runs if run[:2] in wanted]
+
+
+def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[Run]:
     shape = geometry(layer.module)
-    runs: list[tuple[str, int, Work | None]] = [("dense", layer.size, None)]
+    runs: list[Run] = [("dense", layer.size, None)]
     half = torch.arange(layer.size, device=x.device) % 2 == 0
     runs.append((CUT_DENSE, layer.size, Work("dense", rows_for("dense", half, shape), True, shape)))
     for count in sorted({3, *(ceil(layer.size * k / 8) for k in range(1, 8))}):

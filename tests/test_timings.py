@@ -7,7 +7,8 @@ from conftest import Net
 from torch import nn
 
 import neq
-from neq.kernels import choose_rows
+from neq.kernels import choose_rows, rows_for
+from neq.selective import geometry
 
 
 def as_lists(rows):
@@ -157,3 +158,37 @@ def test_a_cut_through_rows_has_to_be_faster_than_a_dense_one():
     assert swaps.cut_kernel("fc", 4, 8) == "swap"  # 0.8 + 0.6 - 0.9 with its weight gradient
     old = neq.Timings({"fc": known | {"gather": {4: 0.99}}})
     assert (old.kernel("fc", 4, 8), old.cut_kernel("fc", 4, 8)) == ("dense", "gather")
+
+
+def test_only_what_a_mask_looks_up_is_timed():
+    """For its rows each kernel has the same bound as when everything is timed, and no others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 3, groups=4), nn.Flatten(),
+        nn.Linear(16 * 16, 40), nn.Linear(40, 5),
+    )  # fmt: skip
+    inputs = torch.randn(2, 3, 8, 8)
+    neurons = neq.NeuronIndex(model)
+    masks = [
+        torch.rand(len(neurons), generator=torch.Generator().manual_seed(seed)) < share
+        for seed, share in enumerate((0.3, 0.8))
+    ]
+    everything, some = neq.measure(model, inputs), neq.measure(model, inputs, masks)
+    for layer in neurons.layers:
+        known, found = everything.layers[layer.name], some.layers[layer.name]
+        wanted = {"dense": {layer.size}, "cut/dense": {layer.size}}
+        for mask in masks:
+            plan = neq.plan(neurons, mask, timings=neq.Timings())[layer.name]
+            frozen = mask[layer.neurons]
+            if frozen.all() or not frozen.any():
+                continue
+            rows = len(rows_for("gather", frozen, geometry(layer.module)).index)
+            assert plan.rows in (rows, layer.size)
+            for kernel, times in known.items():
+                enough = [count for count in times if count >= rows]
+                if enough:
+                    wanted.setdefault(kernel, set()).add(min(enough))
+        counted = {kernel: set(times) for kernel, times in found.items()}
+        assert {k: v - {layer.size} for k, v in counted.items()} == {
+            k: v - {layer.size} for k, v in wanted.items()
+        }

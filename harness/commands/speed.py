@@ -55,7 +55,8 @@ def _timed(subject: Subject, recipe: Recipe, asked: Asked) -> Speed:
     model = subject.module.to(device).train()
     cases = asked.cases(model, subject.freezable, align_of(device, recipe.precision))
     asked.progress("choosing memory format and kernels")
-    tuning = tune(model, subject.shape, recipe.batch_size, recipe.precision)
+    masks = [case.mask for case in cases]
+    tuning = tune(model, subject.shape, recipe.batch_size, recipe.precision, masks)
     model = tuning.convert(model)
     images = tuning.apply(torch.randn(recipe.batch_size, *subject.shape, device=device))
     optimizer, _ = build_optimizer(subject.name, recipe, model)

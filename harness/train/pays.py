@@ -84,7 +84,7 @@ def pays(
         precision = _precision(plain, call)
         cases = asked.cases(model, freezable, align_of(watched.device, precision))
         progress("timing kernels")
-        timings = _timings(plain, call, watched.device)
+        timings = _timings(plain, call, watched.device, [case.mask for case in cases])
         first = call.tensors[0] if call.tensors else None
         return measured(
             watched,
@@ -251,12 +251,14 @@ def _precision(model: nn.Module, call: Call) -> str:
     return NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _timings(model: nn.Module, call: Call, device: torch.device) -> neq.Timings:
+def _timings(
+    model: nn.Module, call: Call, device: torch.device, masks: Sequence[Tensor]
+) -> neq.Timings:
     """Of the kernels of its layers, as the step calls it."""
     if not call.tensors:
         return neq.Timings()
     with torch.autocast(device.type, dtype=call.autocast, enabled=call.autocast is not None):
-        timed = neq.measure(_Called(model, call), call.tensors[0])
+        timed = neq.measure(_Called(model, call), call.tensors[0], masks)
     return neq.Timings({name.removeprefix("model."): of for name, of in timed.layers.items()})
 
 

@@ -6,7 +6,7 @@ the results, and used by every trial; a trial's checkpoint holds its own copy.
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -93,11 +93,17 @@ def tuning_for(location: Location, suite: Suite, model: nn.Module) -> Tuning:
         raise StorageError(f"{location.uri}/tuning/{name}.json is damaged; delete it") from None
 
 
-def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: str) -> Tuning:
+def tune(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    batch_size: int,
+    precision: str,
+    masks: Sequence[Tensor] | None = None,
+) -> Tuning:
     """Time `model`, on its device, in training steps on random batches, and choose.
 
-    `shape`: of one sample; `precision`: float32, bf16 or fp16. Model and random streams are left as
-    they were.
+    `shape`: of one sample; `precision`: float32, bf16 or fp16; `masks`: as of neq.measure. Model
+    and random streams are left as they were.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -108,7 +114,7 @@ def tune(model: nn.Module, shape: tuple[int, ...], batch_size: int, precision: s
         best = formats[0] if len(formats) == 1 else _fastest(formats, model, images, precision)
         copied = best.convert(copy.deepcopy(model))
         with autocast(device.type, precision):
-            timings = neq.measure(copied, best.apply(images))
+            timings = neq.measure(copied, best.apply(images), masks)
     return Tuning(best.channels_last, timings)
 
 
