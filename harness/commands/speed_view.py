@@ -43,9 +43,13 @@ def _dense(speed: Speed) -> str:
     dense = speed.dense
     activations, state = (n / 2**20 for n in (dense.activation_bytes, dense.optimizer_bytes))
     return (
-        f"a dense step takes {1000 * dense.step_seconds:,.3g} ms, keeps {activations:,.3g} MiB for "
+        f"a dense step takes {_seconds(dense.step_seconds)}, keeps {activations:,.3g} MiB for "
         f"its backward and {state:,.3g} MiB of optimizer state"
     )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _grid(title: str, rows: list[Row], width: int) -> Table:
