@@ -257,6 +257,7 @@ def test_in_the_report(tmp_path):
     found = group.methods[1].replays
     assert found.seconds_replayed_ratio_low == pytest.approx(0.99)
     assert found.seconds_replayed_verdict == "unclear"
+    assert found.ends == pytest.approx((0.97, 1.01))
 
 
 REFUSED = [

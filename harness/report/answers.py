@@ -69,11 +69,9 @@ def _kept(row: MethodRow, table: GroupTable) -> str:
 def _replayed(found: Replays) -> str:
     """What it takes of plain training's seconds and bytes, by the replays; empty: not known."""
     ratio, kept = found.seconds_replayed_ratio, found.activation_ratio
-    low, high = found.seconds_replayed_ratio_low, found.seconds_replayed_ratio_high
-    if low is None:  # of a single seed: those of its pairs of steps
-        low, high = found.seconds_replayed_pairs_low, found.seconds_replayed_pairs_high
     parts, whose = [], "the baseline's"
-    if ratio is not None and not found.seconds_replayed_withheld:
+    if ratio is not None and found.ends and not found.seconds_replayed_withheld:
+        low, high = found.ends
         parts = [f"× {ratio:.2f} of {whose} time (replayed; {low:.2f} to {high:.2f})"]
         whose = "its"
     if kept is not None:

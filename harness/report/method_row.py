@@ -109,6 +109,19 @@ class Replays:
     optimizer_bytes: float | None = None
     optimizer_ratio: float | None = None
 
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Of the ratio, by the wider of both intervals: seeds with equal masks differ in nothing,
+        and a single seed has pairs alone.
+        """
+        low, high = self.seconds_replayed_pairs_low, self.seconds_replayed_pairs_high
+        if low is None or high is None:
+            return None
+        over_seeds = self.seconds_replayed_ratio_low, self.seconds_replayed_ratio_high
+        if over_seeds[0] is None or over_seeds[1] is None:
+            return low, high
+        return min(low, over_seeds[0]), max(high, over_seeds[1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShorterBaseline:

@@ -20,9 +20,10 @@ WITHHELD = "* {why}: these seconds are no measurement and have no verdict."
 MIXED = "Trials ran on different devices, or with other threads: nothing measured is compared."
 REPLAYED = (
     "replayed: steps under each epoch's mask, timed alone on the device by turns with plain ones, "
-    "and added up over the epochs with deciding; over as many plain steps, with the 95 % interval "
-    "over seeds (of one seed: over pairs of steps). Steps whose shapes or routes follow the data, "
-    "or that a GradScaler skips, and data that loaders can't bring in time may cost otherwise. "
+    "and added up over the epochs with deciding; over as many plain steps, with the wider of its "
+    "95 % intervals, over seeds and over pairs of steps. Steps whose shapes or routes follow the "
+    "data, or that a GradScaler skips, and data that loaders can't bring in time may cost "
+    "otherwise. "
     "kept: bytes of a forward's outputs that its backward needs, mean over epochs; while nothing "
     "is frozen, as in the first one, as many as in plain training."
 )
@@ -114,11 +115,10 @@ def _replayed(row: MethodRow) -> Cell:
     found = row.replays
     if found.seconds_replayed_ratio is None:
         return Cell(NONE)
-    ends = found.seconds_replayed_ratio_low, found.seconds_replayed_ratio_high
-    if ends[0] is None:
-        ends = found.seconds_replayed_pairs_low, found.seconds_replayed_pairs_high
+    low, high = found.ends or (None, None)
     mark = " †" if found.seconds_replayed_withheld else ""
-    return _with_ends(found.seconds_replayed_ratio, *ends, found.seconds_replayed_verdict, mark)
+    verdict = found.seconds_replayed_verdict
+    return _with_ends(found.seconds_replayed_ratio, low, high, verdict, mark)
 
 
 def _with_ends(
