@@ -14,7 +14,7 @@ import neq
 from harness import pays
 from harness.errors import UserError
 from harness.flops.costs import count_costs
-from harness.train.drawing import draw
+from harness.flops.drawing import draw
 from harness.train.kept import state_bytes
 from harness.train.speeds import Row
 from harness.train.watched import Watched

@@ -164,13 +164,18 @@ def test_weights_do_not_move_and_streams_stay(tmp_path, monkeypatch):
     assert all(map(torch.equal, before, after))
 
 
+def replayed_seeds(root, count):
+    """Trials of so many seeds, replayed; all of them, and those of neq."""
+    trials = [small(m, "recipe.epochs=2", seed=seed) for seed in range(count) for m in METHODS]
+    for spec in trials:
+        run(spec, root)
+    replay(trials, root)
+    return trials, [spec for spec in trials if spec.method == "neq"]
+
+
 def test_a_device_that_was_not_free(tmp_path):
     """It is said, there is no verdict, and the same command measures anew."""
-    trials = [small(method, "recipe.epochs=2", seed=s) for s in range(3) for method in METHODS]
-    for spec in trials:
-        run(spec, tmp_path)
-    replay(trials, tmp_path)
-    neqs = [spec for spec in trials if spec.method == "neq"]
+    trials, neqs = replayed_seeds(tmp_path, 3)
     for number, spec in enumerate(neqs):
         plant(tmp_path, spec, QUIET | ratios(0.5 + number / 100))
     (group,) = load_report([Store(tmp_path, "digits")]).groups
@@ -218,11 +223,7 @@ def test_what_else_runs_is_seen(tmp_path, monkeypatch):
 
 def test_in_the_report(tmp_path):
     """Mean and interval are those of scipy, on logarithms; the first sentence says them."""
-    trials = [small(method, "recipe.epochs=2", seed=s) for s in range(4) for method in METHODS]
-    for spec in trials:
-        run(spec, tmp_path)
-    replay(trials, tmp_path)
-    neqs = [spec for spec in trials if spec.method == "neq"]
+    _, neqs = replayed_seeds(tmp_path, 4)
     found = [0.81, 0.78, 0.85, 0.80]
     for spec, ratio in zip(neqs, found, strict=True):
         planted = ratios(ratio) | {"activation_bytes": 60.0, "activation_bytes_plain": 80.0}

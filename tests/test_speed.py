@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq
 from harness.commands.speed import _recipe, _step, parse_shares, speed
+from harness.flops.drawing import draw
 from harness.flops.subject import subject
 from harness.train import bench
 from harness.train.bench import Bench, Case
-from harness.train.drawing import draw
 from harness.train.optimizers import build_optimizer
 from harness.train.pays import SHARES, Asked, align_of
 from harness.train.speeds import KINDS, Dense, Row, Speed

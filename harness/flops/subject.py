@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.flops.costs import CONVOLUTIONS, Costs, count_costs
+from harness.flops.drawing import draw
 from harness.suite import files
 from harness.suite.config import Suite
 from harness.suite.parts import build_model
@@ -33,14 +33,7 @@ class Subject:
         """A mask of round(share · freezable) neurons, drawn uniformly over the model: bool
         [neurons].
         """
-        positions = self.freezable.nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(positions), generator=generator)[
-            : round(share * len(positions))
-        ]
-        mask = torch.zeros_like(self.freezable)
-        mask[positions[chosen]] = True
-        return mask
+        return draw("neuron", share, seed, self.costs.neurons, self.freezable, align=1)
 
 
 def subject(
@@ -71,7 +64,8 @@ def subject(
     size = _shape(shape)
     module = build_model(model, ".", {})
     costs = costs_of(module, size)
-    return Subject(model, module, size, costs, costs.called & ~_head(costs))
+    freezable = costs.called & ~costs.neurons.select(head(costs.neurons, costs.execution_order))
+    return Subject(model, module, size, costs, freezable)
 
 
 def costs_of(module: nn.Module, shape: tuple[int, ...], unpublished: Sequence[str] = ()) -> Costs:
@@ -102,11 +96,11 @@ def _shape(text: str | None) -> tuple[int, ...]:
     return shape
 
 
-def _head(costs: Costs) -> Tensor:
-    """The last linear layer in execution order, else the last convolution: it never freezes."""
-    modules = {layer.name: layer.module for layer in costs.neurons.layers}
+def head(neurons: NeuronIndex, order: Sequence[str]) -> list[str]:
+    """The last linear layer in the `order` of execution, else the last convolution."""
+    modules = {layer.name: layer.module for layer in neurons.layers}
     for kinds in ((nn.Linear,), CONVOLUTIONS):
-        found = [name for name in costs.execution_order if isinstance(modules[name], kinds)]
+        found = [name for name in order if isinstance(modules[name], kinds)]
         if found:
-            return costs.neurons.select(found[-1:])
-    return torch.zeros(len(costs.neurons), dtype=torch.bool)
+            return found[-1:]
+    return []

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from harness.report.intervals import Interval, direction, ratio
+from harness.report.intervals import direction, ratio
 from harness.report.method_row import Replays
 from harness.report.per_trial import by_seed, timing_withheld
 
@@ -22,19 +22,17 @@ def replays_of(rows: pd.DataFrame, replays: pd.DataFrame) -> Replays:
         return Replays()
     found = ratio(by_seed(mine, "ratio"), dict.fromkeys(mine["seed"].astype(int), 1.0))
     withheld, pairs = timing_withheld(mine), _of_pairs(mine)
-    towards = None if withheld else direction(found and _wider(found, *pairs), 1.0)
     activation, optimizer = (
         (float(mine[f"{what}_bytes"].mean()), float(mine[f"{what}_bytes_plain"].mean()))
         for what in ("activation", "optimizer")
     )
-    return Replays(
+    made = Replays(
         seconds_replayed_ratio=found.mean if found else None,
         seconds_replayed_ratio_low=found.low if found else None,
         seconds_replayed_ratio_high=found.high if found else None,
         seconds_replayed_pairs_low=pairs[0],
         seconds_replayed_pairs_high=pairs[1],
         seconds_replayed_n=len(mine),
-        seconds_replayed_verdict=towards and TIMING[towards],
         seconds_replayed_withheld=withheld,
         masks=int(mine["plans"].sum()),
         masks_measured=int(mine["plans_measured"].sum()),
@@ -43,6 +41,11 @@ def replays_of(rows: pd.DataFrame, replays: pd.DataFrame) -> Replays:
         optimizer_bytes=optimizer[0],
         optimizer_ratio=optimizer[0] / optimizer[1] if optimizer[1] else None,
     )
+    if withheld or found is None or made.ends is None:
+        return made
+    low, high = made.ends
+    towards = direction(replace(found, low=low, high=high), 1.0)
+    return replace(made, seconds_replayed_verdict=towards and TIMING[towards])
 
 
 def _of_pairs(mine: pd.DataFrame) -> tuple[float, float]:
@@ -52,12 +55,3 @@ def _of_pairs(mine: pd.DataFrame) -> tuple[float, float]:
     """
     low, high = (float(np.log(mine[f"ratio_{end}"]).mean()) for end in ("low", "high"))
     return math.exp(low), math.exp(high)
-
-
-def _wider(found: Interval, low: float, high: float) -> Interval:
-    """The interval over seeds, no narrower than that of the pairs: where seeds have equal masks,
-    they differ in nothing.
-    """
-    if found.low is None or found.high is None:
-        return found
-    return replace(found, low=min(found.low, low), high=max(found.high, high))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import neq
-from harness.train.drawing import Granularity
+from harness.flops.drawing import Granularity
 from harness.train.kept import kept_for_backward
 from harness.train.watched import Watched
 from neq.neurons import unwrapped

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 import neq
 from harness.errors import UserError
-from harness.flops.costs import CONVOLUTIONS, Costs, count_costs
+from harness.flops.costs import Costs, count_costs
+from harness.flops.drawing import draw
+from harness.flops.subject import head
 from harness.storage.provenance import hardware
 from harness.train.bench import Bench, Case
-from harness.train.drawing import draw
 from harness.train.kept import state_bytes
 from harness.train.speeds import KINDS, Dense, Row, Speed
 from harness.train.untouched import untouched
@@ -217,16 +218,6 @@ def _freezable(
         learns[layer.neurons] = any(id(p) in trained for p in layer.parameters)
     called = torch.ones_like(excluded) if costs is None else costs.called
     return learns & called & ~excluded
-
-
-def head(neurons: neq.NeuronIndex, order: Sequence[str]) -> list[str]:
-    """The last linear layer in the `order` of execution, else the last convolution."""
-    modules = {layer.name: layer.module for layer in neurons.layers}
-    for kinds in ((nn.Linear,), CONVOLUTIONS):
-        found = [name for name in order if isinstance(modules[name], kinds)]
-        if found:
-            return found[-1:]
-    return []
 
 
 class _Called(nn.Module):

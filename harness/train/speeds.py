@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import neq
-from harness.train.drawing import Granularity
+from harness.flops.drawing import Granularity
 
 Kind = tuple[Granularity, neq.Gradient]
 
