@@ -15,7 +15,9 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.stride = stride
-        self.missing = outputs - inputs
+        missing = outputs - inputs
+        # A module, whose amounts can be changed: the block can be made narrower.
+        self.pad = nn.ZeroPad3d((0, 0, 0, 0, missing // 2, missing - missing // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, inputs, h, w] → [n, outputs, h / stride, w / stride]."""
@@ -25,11 +27,10 @@ class Block(nn.Module):
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Every stride-th pixel, zeros for the channels that the input does not have."""
-        if self.missing == 0:
+        if self.stride == 1 and not any(self.pad.padding):
             return x
-        half = self.missing // 2
-        x = x[:, :, :: self.stride, :: self.stride]
-        return functional.pad(x, (0, 0, 0, 0, half, self.missing - half))
+        padded: Tensor = self.pad(x[:, :, :: self.stride, :: self.stride])
+        return padded
 
 
 class ResNet(nn.Module):

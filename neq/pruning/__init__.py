@@ -1,8 +1,10 @@
 """Pruning for an ordinary PyTorch training loop: SeReNe, LOBSTER, magnitudes, PSP-entropy."""
 
+from neq.pruning.coupled import RemovalError
 from neq.pruning.entropy import NoClassesError, PSPEntropy, psp_entropy
 from neq.pruning.magnitude import Bisection, EmptiedLayerError, MagnitudePruner
 from neq.pruning.masks import Masks, Size, prunable
+from neq.pruning.removal import Shrunk, Stuck, shrunk
 from neq.pruning.schedules import Plateau, Schedule
 from neq.pruning.sensitivity import (
     NeuronSensitivity,
@@ -22,11 +24,15 @@ __all__ = [
     "PSPEntropy",
     "Plateau",
     "Preactivations",
+    "RemovalError",
     "Schedule",
     "Shrink",
+    "Shrunk",
     "Size",
+    "Stuck",
     "neuron_sensitivity",
     "parameter_sensitivity",
     "prunable",
     "psp_entropy",
+    "shrunk",
 ]
