@@ -20,6 +20,7 @@ from harness import parallel
 from harness.flops.costs import count_costs
 from harness.run.attempt import attempt
 from harness.run.executors import Inline
+from harness.run.replays import Replays
 from harness.storage.provenance import Slot
 from harness.storage.schema import EpochRecord
 from harness.train.assembly import assemble
@@ -201,7 +202,7 @@ def test_a_trial_in_half_precision(tmp_path, precision):
 def test_masks_are_replayed(tmp_path):
     spec = small("random", "recipe.epochs=2")
     assert isinstance(list(attempt(spec, str(tmp_path), SLOT))[-1], EpochRecord)
-    (told,) = Inline().replay([spec], str(tmp_path), 1.0, print)
+    (told,) = Inline().afterwards(Replays(1.0), [spec], str(tmp_path), print)
     assert told.well
     (row,) = pq.read_table(tmp_path / "digits/replays").to_pylist()
     assert row["device"] == torch.cuda.get_device_name()

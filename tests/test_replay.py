@@ -16,7 +16,7 @@ from trials import SMALL, altered, run, small, toy
 from harness.report.model import Report, load_report
 from harness.report.sections import sections
 from harness.run.executors import Inline, Ray
-from harness.run.replays import lacking
+from harness.run.replays import Replays
 from harness.storage.store import Store
 from harness.train import replay as replaying
 from harness.train.assembly import assemble
@@ -29,7 +29,8 @@ QUIET = {"other_load": 0.0, "trials_on_device": 1}
 def replay(trials, root, seconds=0.01, executor=None):
     """The lines that are told."""
     executor = executor or Inline()
-    return [one.text for one in executor.replay(trials, str(root), seconds, lambda text: None)]
+    found = executor.afterwards(Replays(seconds), trials, str(root), lambda text: None)
+    return [one.text for one in found]
 
 
 def replayed(root, suite="digits"):
@@ -182,14 +183,15 @@ def test_a_device_that_was_not_free(tmp_path):
     found = next(row for row in group.methods if row.method == "neq").replays
     assert found.seconds_replayed_verdict == "less"
     assert found.seconds_replayed_withheld is None
-    assert lacking(trials, Store(tmp_path, "digits")) == []
+    assert Replays(1.0).lacking(trials, Store(tmp_path, "digits")) == []
     for what in ({"trials_on_device": 2}, {"other_load": 1.5}):
         plant(tmp_path, neqs[0], QUIET | what)
         (group,) = load_report([Store(tmp_path, "digits")]).groups
         found = next(row for row in group.methods if row.method == "neq").replays
         assert found.seconds_replayed_verdict is None
         assert found.seconds_replayed_withheld
-        assert [spec.seed for spec, _ in lacking(trials, Store(tmp_path, "digits"))] == [0]
+        left = Replays(1.0).lacking(trials, Store(tmp_path, "digits"))
+        assert [spec.seed for spec, _ in left] == [0]
 
 
 METHODS = ("baseline", "neq")

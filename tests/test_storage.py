@@ -195,7 +195,7 @@ def test_tables_of_earlier_versions_are_still_read(tmp_path, version):
     (path,) = (tmp_path / "digits" / "epochs").iterdir()
     lacking = pq.read_table(path).drop_columns("lr")
     pq.write_table(lacking, path)
-    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 4"):
+    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 5"):
         store.read("epochs")
 
 

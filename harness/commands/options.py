@@ -55,7 +55,8 @@ class TrialOptions:
 class RunOptions(TrialOptions):
     """Trials to be run; `retry_failed`: those that have failed, too.
 
-    Afterwards their masks are replayed for `replay_seconds` a group, unless `no_replay`.
+    Afterwards their masks are replayed for `replay_seconds` a group, unless `no_replay`, and what
+    pruning left dead is removed; `save_shrunk`: the smaller networks are kept with the results.
     """
 
     retry_failed: Annotated[
@@ -67,6 +68,10 @@ class RunOptions(TrialOptions):
     replay_seconds: Annotated[
         float, typer.Option(metavar="SECONDS", help="For timing the masks of a group.")
     ] = REPLAY_SECONDS
+    save_shrunk: Annotated[
+        bool,
+        typer.Option("--save-shrunk", help="Keep pruned networks without what is dead."),
+    ] = False
 
     def words(self) -> list[str]:
         """The options as words of a command line, without the suite."""
@@ -74,7 +79,7 @@ class RunOptions(TrialOptions):
         words = [word for name, value in given.items() if value for word in (name, value)]
         words += [word for setting in self.settings or () for word in ("--set", setting)]
         words += ["--synthetic"] * self.synthetic + ["--retry-failed"] * self.retry_failed
-        words += ["--no-replay"] * self.no_replay
+        words += ["--no-replay"] * self.no_replay + ["--save-shrunk"] * self.save_shrunk
         if self.replay_seconds != REPLAY_SECONDS:
             words += ["--replay-seconds", f"{self.replay_seconds:g}"]
         return ["--results", self.results, *words]

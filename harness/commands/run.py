@@ -14,8 +14,11 @@ from harness.commands.options import RunOptions
 from harness.commands.progress import Progress
 from harness.console import progress_line
 from harness.errors import UserError
+from harness.run.afterwards import Work
 from harness.run.executors import Executor, Inline, Ray
 from harness.run.preflight import preflight
+from harness.run.removals import Removals
+from harness.run.replays import Replays
 from harness.run.trials import Trials, states
 from harness.storage.locations import open_location
 from harness.storage.requests import Request, keep_request
@@ -82,19 +85,21 @@ def _run(options: RunOptions, trials: Trials, executor: Executor, console: Conso
         for group in groups:
             preflight(group)
         failed += _execute(executor, todo, count["done"], root, console)
-    if parallel.workers() == 1 and not options.no_replay:
-        _replay(executor, groups, root, options.replay_seconds, console)
+    if parallel.workers() == 1:
+        if not options.no_replay:
+            _afterwards(Replays(options.replay_seconds), executor, groups, root, console)
+        _afterwards(Removals(options.save_shrunk), executor, groups, root, console)
     if parallel.leads():
         _report(store, set(names), console)
     return failed
 
 
-def _replay(
-    executor: Executor, groups: list[Trials], root: str, seconds: float, console: Console
+def _afterwards(
+    work: Work, executor: Executor, groups: list[Trials], root: str, console: Console
 ) -> None:
     with progress_line() as shown:
         for group in groups:
-            for told in executor.replay(group, root, seconds, shown.update):
+            for told in executor.afterwards(work, group, root, shown.update):
                 console.print(Text(told.text, style="" if told.well else "yellow"), soft_wrap=True)
 
 

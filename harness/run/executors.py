@@ -11,12 +11,11 @@ from typing import Any, Protocol
 from harness import parallel
 from harness.errors import UserError
 from harness.run import ray_cluster
+from harness.run.afterwards import Shown, Told, Work, here, on_cluster
 from harness.run.attempt import Broken, Unstored, attempt, record_death
 from harness.run.claims import Claims
 from harness.run.events import Elsewhere, Event, Halted, Held, Started
-from harness.run.ray_replays import on_cluster
 from harness.run.ray_train import run_with_workers
-from harness.run.replays import Shown, Told, replay_here
 from harness.storage import leases
 from harness.storage.leases import Claim
 from harness.storage.provenance import Slot
@@ -39,11 +38,11 @@ class Executor(Protocol):
         """
         ...
 
-    def replay(
-        self, trials: Sequence[TrialSpec], root: str, seconds: float, shown: Shown
+    def afterwards(
+        self, work: Work, trials: Sequence[TrialSpec], root: str, shown: Shown
     ) -> Iterator[Told]:
-        """Replay what is finished of `trials`, of one group, on each kind of machine at hand that
-        they ran on; see `replays`.
+        """Do `work` for what is finished of `trials`, of one group, on each kind of machine at hand
+        that they ran on.
         """
         ...
 
@@ -70,11 +69,11 @@ class Inline:
             elif len(claims):
                 time.sleep(1)
 
-    def replay(
-        self, trials: Sequence[TrialSpec], root: str, seconds: float, shown: Shown
+    def afterwards(
+        self, work: Work, trials: Sequence[TrialSpec], root: str, shown: Shown
     ) -> Iterator[Told]:
         """See Executor: in this process."""
-        yield from replay_here(trials, root, seconds, shown)
+        yield from here(work, trials, root, shown)
 
     def _trial(self, spec: TrialSpec, claim: Claim, root: str, claims: Claims) -> Events:
         limit, slot = spec.suite.resources.time_limit, _slot_here(spec)
@@ -201,16 +200,16 @@ class Ray:
             finally:
                 running.stop()
 
-    def replay(
-        self, trials: Sequence[TrialSpec], root: str, seconds: float, shown: Shown
+    def afterwards(
+        self, work: Work, trials: Sequence[TrialSpec], root: str, shown: Shown
     ) -> Iterator[Told]:
         """See Executor: on each node of a cluster as a task that has it for itself; where Ray was
         started here, it is over, and this process has the machine.
         """
         if ray_cluster.named(self._address):
-            yield from on_cluster(self._address, trials, root, seconds, shown)
+            yield from on_cluster(work, self._address, trials, root, shown)
         else:
-            yield from replay_here(trials, root, seconds, shown)
+            yield from here(work, trials, root, shown)
 
 
 @dataclass(slots=True)

@@ -14,34 +14,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.errors import UserError, one_line
+from harness.storage.after_columns import AFTERWARDS
+from harness.storage.columns import (
+    BITS,
+    INTEGER,
+    NUMBER,
+    NUMBERS,
+    TEXT,
+    TIME,
+    YES_NO,
+    DeclaredColumn,
+    told,
+)
 from harness.suite.config import TrialSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 4  # raise with every column that is added
+VERSION = 5  # raise with every column that is added
 SCHEMA_VERSION = str(VERSION)
 REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-INTEGER, NUMBER, TEXT, YES_NO = pa.int64(), pa.float64(), pa.string(), pa.bool_()
-TIME, NUMBERS, BITS = pa.timestamp("us", tz="UTC"), pa.list_(pa.float64()), pa.binary()
 _ARROW = {int: INTEGER, float: NUMBER, int | None: INTEGER, float | None: NUMBER, str | None: TEXT}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeclaredColumn:
-    """One column of a table.
-
-    `meaning`: its line in results/README.md. `reported`: whether the report reads it. `since`: the
-    schema version that brought it; in files of earlier versions it is read as null.
-    """
-
-    name: str
-    type: pa.DataType
-    meaning: str
-    reported: bool = True
-    since: int = 1
 
 
 def _column(meaning: str, *, reported: bool = True, since: int = 1, by_layer: bool = False) -> Any:
@@ -161,73 +156,67 @@ def _of_record(*, by_layer: bool) -> Iterable[DeclaredColumn]:
             )
 
 
-def _told(
-    name: str, kind: pa.DataType, meaning: str, *, reported: bool = True, since: int = 1
-) -> DeclaredColumn:
-    return DeclaredColumn(name=name, type=kind, meaning=meaning, reported=reported, since=since)
-
-
 IDENTITY = (
-    _told("trial", TEXT, "hash of all that defines the trial"),
-    _told("group", TEXT, "hash of the same without method and seed: what may stand in one table"),
-    _told("suite", TEXT, "name of the suite", reported=False),
-    _told("method", TEXT, "name of the method in the suite", reported=False),
-    _told("seed", INTEGER, "seed of all random streams", reported=False),
+    told("trial", TEXT, "hash of all that defines the trial"),
+    told("group", TEXT, "hash of the same without method and seed: what may stand in one table"),
+    told("suite", TEXT, "name of the suite", reported=False),
+    told("method", TEXT, "name of the method in the suite", reported=False),
+    told("seed", INTEGER, "seed of all random streams", reported=False),
 )
 COLUMNS: dict[str, tuple[DeclaredColumn, ...]] = {
     "trials": (
-        _told("state", TEXT, "running, done or failed"),
-        _told("reason", TEXT, "why it failed, in a line"),
-        _told("traceback", TEXT, "where it failed", reported=False),
-        _told("epochs", INTEGER, "epochs of the recipe"),
-        _told("epochs_done", INTEGER, "epochs committed"),
-        _told("metric", TEXT, "what `test_metric` of `epochs` measures"),
-        _told("title", TEXT, "the suite's title"),
-        _told(
+        told("state", TEXT, "running, done or failed"),
+        told("reason", TEXT, "why it failed, in a line"),
+        told("traceback", TEXT, "where it failed", reported=False),
+        told("epochs", INTEGER, "epochs of the recipe"),
+        told("epochs_done", INTEGER, "epochs committed"),
+        told("metric", TEXT, "what `test_metric` of `epochs` measures"),
+        told("title", TEXT, "the suite's title"),
+        told(
             "experiment",
             TEXT,
             "JSON: recipe, model, data and `world_size`, the number of workers that shared each "
             "batch (BatchNorm saw `recipe.forward_batch` samples at a time, by default "
             "`batch_size` / `world_size`); `data.synthetic`: whether it was trained on noise",
         ),
-        _told("parameters", TEXT, "JSON: the method's parameters"),
-        _told("data", TEXT, "name of the data"),
-        _told("data_fingerprint", TEXT, "hash of counts, labels and some decoded samples"),
-        _told("attempts", INTEGER, "how often the trial was begun or gone on with"),
-        _told(
+        told("parameters", TEXT, "JSON: the method's parameters"),
+        told("data", TEXT, "name of the data"),
+        told("data_fingerprint", TEXT, "hash of counts, labels and some decoded samples"),
+        told("attempts", INTEGER, "how often the trial was begun or gone on with"),
+        told(
             "trials_on_device",
             INTEGER,
             "trials that shared the CPU or GPU, of this run and of others: above 1, seconds are no "
             "measurement",
         ),
-        _told("threads", INTEGER, "threads of torch on the CPU"),
-        _told("device", TEXT, "cpu or cuda"),
-        _told("cpu", TEXT, 'model of the CPU (several, with "; " between, where attempts differ)'),
-        _told("gpu", TEXT, "model of the GPU, likewise"),
-        _told("driver", TEXT, "version of the GPU's driver, likewise", reported=False),
-        _told(
+        told("threads", INTEGER, "threads of torch on the CPU"),
+        told("device", TEXT, "cpu or cuda"),
+        told("cpu", TEXT, 'model of the CPU (several, with "; " between, where attempts differ)'),
+        told("gpu", TEXT, "model of the GPU, likewise"),
+        told("driver", TEXT, "version of the GPU's driver, likewise", reported=False),
+        told(
             "git_sha",
             TEXT,
             'commit of the code that computed epochs (several with "; " between; `code` of '
             "`epochs` says which); the version where neqbench was installed",
         ),
-        _told("git_dirty", YES_NO, "whether any of that had uncommitted changes"),
-        _told("versions", TEXT, "JSON: versions of Python and packages"),
-        _told("measures", INTEGER, "rows of the trial in `measures`", reported=False, since=3),
-        _told("started", TIME, "when the first attempt began"),
-        _told("updated", TIME, "when this row was written"),
+        told("git_dirty", YES_NO, "whether any of that had uncommitted changes"),
+        told("versions", TEXT, "JSON: versions of Python and packages"),
+        told("measures", INTEGER, "rows of the trial in `measures`", reported=False, since=3),
+        told("started", TIME, "when the first attempt began"),
+        told("updated", TIME, "when this row was written"),
     ),
     "epochs": tuple(_of_record(by_layer=False)),
     "layers": (
-        _told("epoch", INTEGER, "number of the epoch, from 0"),
-        _told("layer", TEXT, "name of the layer's module"),
-        _told("neurons", INTEGER, "neurons of the layer"),
-        _told("frozen", INTEGER, "how many of them were frozen during the epoch"),
+        told("epoch", INTEGER, "number of the epoch, from 0"),
+        told("layer", TEXT, "name of the layer's module"),
+        told("neurons", INTEGER, "neurons of the layer"),
+        told("frozen", INTEGER, "how many of them were frozen during the epoch"),
         *_of_record(by_layer=True),
-        _told("phi_quantiles", NUMBERS, "quantiles 0, 5, 25, 50, 75, 95, 100 % of phi"),
-        _told("delta_phi_quantiles", NUMBERS, "the same of delta-phi"),
-        _told("velocity_quantiles", NUMBERS, "the same of the velocity"),
-        _told(
+        told("phi_quantiles", NUMBERS, "quantiles 0, 5, 25, 50, 75, 95, 100 % of phi"),
+        told("delta_phi_quantiles", NUMBERS, "the same of delta-phi"),
+        told("velocity_quantiles", NUMBERS, "the same of the velocity"),
+        told(
             "mask",
             BITS,
             "of a convolution with groups, some of whose neurons were frozen: which, a bit for "
@@ -237,40 +226,12 @@ COLUMNS: dict[str, tuple[DeclaredColumn, ...]] = {
         ),
     ),
     "measures": (
-        _told("epoch", INTEGER, "number of the epoch, from 0"),
-        _told("layer", TEXT, "name of the layer's module; null: the whole model"),
-        _told("name", TEXT, "what was recorded"),
-        _told("value", NUMBER, "its value after the epoch; null where it is not finite"),
+        told("epoch", INTEGER, "number of the epoch, from 0"),
+        told("layer", TEXT, "name of the layer's module; null: the whole model"),
+        told("name", TEXT, "what was recorded"),
+        told("value", NUMBER, "its value after the epoch; null where it is not finite"),
     ),
-    "replays": tuple(
-        _told(name, kind, meaning, since=4)
-        for name, kind, meaning in (
-            ("device", TEXT, "what it was measured on: a GPU, or a CPU with its threads"),
-            ("seconds", NUMBER, "of training and deciding: steps under each epoch's mask, summed"),
-            ("seconds_plain", NUMBER, "the same of as many plain steps"),
-            ("ratio", NUMBER, "of the two, from pairs of steps that were taken by turns"),
-            ("ratio_low", NUMBER, "of that, 2.5 % of a bootstrap over these pairs"),
-            ("ratio_high", NUMBER, "of that, 97.5 % of the same"),
-            ("plans", INTEGER, "distinct masks of the trial"),
-            (
-                "plans_measured",
-                INTEGER,
-                "those measured; the others lie between two by their executed FLOPs",
-            ),
-            (
-                "activation_bytes",
-                NUMBER,
-                "what a step's first forward keeps for its backward, mean over epochs",
-            ),
-            ("activation_bytes_plain", NUMBER, "the same of a plain step"),
-            ("optimizer_bytes", NUMBER, "of the optimizer's state"),
-            ("optimizer_bytes_plain", NUMBER, "the same in plain training"),
-            ("trials_on_device", INTEGER, "trials on the device meanwhile, this one among them"),
-            ("other_load", NUMBER, "what else the device did, as in `epochs`"),
-            ("code", TEXT, "commit that measured it, as in `epochs`"),
-            ("updated", TIME, "when this row was written"),
-        )
-    ),
+    **AFTERWARDS,
 }
 SCHEMAS: dict[str, pa.Schema] = {
     kind: pa.schema(

@@ -25,6 +25,7 @@ class OwnSpec(Spec):
     in_question: ClassVar[bool] = True
     foreign: ClassVar[bool] = True
     may_freeze: ClassVar[bool] = True
+    may_prune: ClassVar[bool] = True
     kind: Literal["own"]
     build: ImportString
     arguments: dict[str, Any] = Field(default_factory=dict)

@@ -23,6 +23,7 @@ class PruningSpec(Spec):
     """A method that prunes `units`, by one threshold for all layers."""
 
     in_question: ClassVar[bool] = True
+    may_prune: ClassVar[bool] = True
     units: Units = "weights"
 
     @property
@@ -222,6 +223,7 @@ class DecaySpec(ShrinkSpec):
 class SmallerSpec(Spec):
     """Control: a dense model with other `arguments`, such as fewer channels, trained plainly."""
 
+    may_prune: ClassVar[bool] = True
     kind: Literal["smaller"]
     arguments: Annotated[dict[str, Any], Field(min_length=1)]
 

@@ -10,7 +10,8 @@ class Spec(BaseModel):
 
     `is_baseline`: all others are compared with it. `in_question`: the report answers for it, as it
     does not for controls. `foreign`: it comes from a user's own code, which is tried out before the
-    first trial. `may_freeze`: its masks are replayed after its trials.
+    first trial. `may_freeze`: its masks are replayed after its trials; `may_prune`: what it leaves
+    dead is removed after them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -18,6 +19,7 @@ class Spec(BaseModel):
     in_question: ClassVar[bool] = False
     foreign: ClassVar[bool] = False
     may_freeze: ClassVar[bool] = False
+    may_prune: ClassVar[bool] = False
 
     @property
     def needs_validation(self) -> bool:
