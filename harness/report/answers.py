@@ -1,25 +1,43 @@
-"""The report in a sentence for each method in question."""
+"""The report in a sentence or some for each method in question."""
 
 import math
 
+from harness.report.beside_words import beside_answers
 from harness.report.grouped import MOST, groups_answer
 from harness.report.method_row import MethodRow, Pruned, Replays
 from harness.report.model import GroupTable
+from harness.report.removed_view import removed_answer
 from harness.report.words import percent, signed
 from harness.suite.method_specs import kind_of
 
+FEW = 6  # methods that prune, of which a short sentence is said
+
 
 def answers(table: GroupTable) -> list[str]:
-    """A sentence for each method in question, no baseline and no control, and for each that decides
-    by groups one beside single neurons.
+    """A sentence for each method in question, no baseline and no control, for each that decides by
+    groups one beside single neurons, and for each gradual pruning one beside one-shot pruning.
 
-    There are none where methods are many, as in a sweep, or were trained on noise.
+    There are none where methods are many, as in a sweep, or were trained on noise. Of a few more
+    that prune, each has what removal makes of it.
     """
     rows = [row for row in table.methods if kind_of(row.parameters).in_question and row.n]
     if table.synthetic:
         return []
-    own = [_answer(row, table) for row in rows] if len(rows) <= MOST else []
-    return own + groups_answer(table.grouped, table.metric, table.margin)
+    if len(rows) <= MOST:
+        own = [_answer(row, table) for row in rows]
+    else:
+        known = [(row, removed_answer(row)) for row in rows]
+        own = [_short(row, text) for row, text in known if text]
+        own = own if len(own) <= FEW else []
+    grouped = groups_answer(table.grouped, table.metric, table.margin)
+    return own + beside_answers(table) + grouped
+
+
+def _short(row: MethodRow, text: str) -> str:
+    """Of one of many that prune: what it leaves, and what removal makes of that."""
+    left = row.pruned.parameters_left_share
+    leaves = "" if left is None else f"It leaves {percent(left)} % of the parameters. "
+    return f"{row.label}: {leaves}{text}"
 
 
 def _answer(row: MethodRow, table: GroupTable) -> str:
@@ -28,7 +46,8 @@ def _answer(row: MethodRow, table: GroupTable) -> str:
         f"({_less(row.savings.saved_paper)} by the paper's count)."
     )
     known = [executes] if math.isfinite(row.savings.saved + row.savings.saved_paper) else []
-    parts = [row.label, _kept(row, table), *known, *_left(row.pruned), _time(row, table)]
+    left, after = _left(row.pruned), removed_answer(row)
+    parts = [row.label, _kept(row, table), *known, *left, _time(row, table), after]
     return " ".join(part for part in parts if part)
 
 

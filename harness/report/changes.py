@@ -6,15 +6,21 @@ from rich.console import Console
 
 from harness.console import say
 from harness.report.compare import Change, Compared, RunComparison
+from harness.report.gates import REMOVED
 from harness.report.tables import TONES, Cell, Column, Table
 from harness.report.terminal import print_table
 from harness.report.words import NONE, points, spread
 
 LISTED = 30  # trials, at the most
+COUNTED = ("metric", "saved", "parameters", "forward")  # what no clock tells
 NOTE = (
     "B minus A: metric and saved in percentage points, seconds in per cent; means over seeds with "
     "95 % intervals, paired by seed where seeds match. better, worse: the interval leaves zero "
     "out; unclear: it does not, or there are fewer than three seeds."
+)
+AFTER = (
+    "Of what prunes, once dead neurons are removed, in per cent, with 95 % intervals: parameters, "
+    "FLOPs of a forward, and the latency of a batch over the dense model's."
 )
 
 
@@ -35,12 +41,15 @@ def print_comparison(found: RunComparison, console: Console) -> None:
 
 def _tables(found: RunComparison) -> Iterator[Table]:
     metrics = " | ".join(dict.fromkeys(found.metrics.values()))
-    changed = [t for t in found.trials if [c.mark for c in _counted(t)] != ["same", "same"]]
+    changed = [t for t in found.trials if any(c.mark != "same" for c in _counted(t))]
     same = len(found.trials) - len(changed)
     notes = [f"{same} of {len(found.trials)} trials are the same in metric and savings."]
     comparable = [method for method in found.methods if not method.why]
     if comparable:
         yield _changes("Methods", metrics, comparable, [NOTE, *notes])
+    removed = [m for m in comparable if any(c.quantity in REMOVED for c in m.changes)]
+    if removed:
+        yield _removed(removed)
     others = [method for method in found.methods if method.why]
     if others:
         rows = [[Cell(_name(m)), Cell(m.why)] for m in others]
@@ -53,7 +62,7 @@ def _tables(found: RunComparison) -> Iterator[Table]:
 
 
 def _counted(trial: Compared) -> list[Change]:
-    return [change for change in trial.changes if change.quantity in ("metric", "saved")]
+    return [change for change in trial.changes if change.quantity in COUNTED]
 
 
 def _changes(title: str, metric: str, compared: list[Compared], notes: list[str]) -> Table:
@@ -89,6 +98,23 @@ def _row(compared: Compared) -> list[Cell]:
         _size(by.get("seconds"), 1),
         _mark(by.get("seconds")),
     ]
+
+
+def _removed(compared: list[Compared]) -> Table:
+    columns = [Column("method", text=True)]
+    for quantity in REMOVED:
+        columns += [
+            Column(quantity, "%"),
+            Column("95 %", "%", wide=True),
+            Column("", text=True),
+        ]
+    rows = []
+    for each in compared:
+        by = {change.quantity: change for change in each.changes}
+        found = [by.get(quantity) for quantity in REMOVED]
+        cells = [[_size(change), Cell(_range(change)), _mark(change)] for change in found]
+        rows.append([Cell(_name(each)), *(cell for part in cells for cell in part)])
+    return Table(title="After removal", columns=columns, rows=rows, notes=[AFTER])
 
 
 def _name(compared: Compared) -> str:

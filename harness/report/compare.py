@@ -3,14 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
 from harness.errors import UserError
-from harness.report.gates import MORE_IS_BETTER, PERCENT, POINTS, Gate
+from harness.report.gates import MORE_IS_BETTER, PERCENT, POINTS, REMOVED, Gate, missed
 from harness.report.groups import conditions
 from harness.report.intervals import Interval, difference, direction, ratio
 from harness.report.model import GroupTable, load_report, plain
@@ -18,6 +17,8 @@ from harness.report.notes import commits, versions
 from harness.report.per_trial import by_seed, devices, timing_withheld
 from harness.storage.store import Store
 
+COLUMNS = {name: name for name in (*POINTS, *PERCENT)} | {"metric": "value"}  # of `per_trial`
+COLUMNS |= {name: f"removed_{name}" for name in REMOVED}
 CALLED = {"data.fingerprint": "other data:", "numerics": "other code: numerics"}
 
 
@@ -26,8 +27,9 @@ class Change:
     """How one quantity changed from A to B.
 
     `change` is in percentage points, of `seconds`, `memory` and `energy` in per cent, and has the
-    95 % interval of the mean over seeds. `mark`: "same" (equal in every pair), "better", "worse" or
-    "unclear".
+    95 % interval of the mean over seeds; in per cent, too, what is left after removal:
+    `parameters`, `forward` (FLOPs) and `latency` (of a batch, over the dense model's). `mark`:
+    "same" (equal in every pair), "better", "worse" or "unclear".
     """
 
     quantity: str
@@ -45,7 +47,7 @@ class Compared:
     """One method of a suite in both runs (`seed` is None), or one of its trials.
 
     `why`: why they are not comparable, where there are no changes. `new`: whether it is only in B;
-    `lacking`: seeds of A that are not finished in B.
+    `prunes`: whether it leaves a smaller model; `lacking`: seeds of A that are not finished in B.
     """
 
     suite: str
@@ -54,6 +56,7 @@ class Compared:
     seed: int | None = None
     why: str = ""
     new: bool = False
+    prunes: bool = False
     lacking: list[int] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
 
@@ -102,7 +105,7 @@ def compare(a: list[Store], b: list[Store], bounds: list[Gate]) -> RunComparison
         methods=methods,
         trials=trials,
         notes=_notes(sides, methods),
-        missed=_missed(bounds, methods),
+        missed=missed(bounds, methods),
     )
 
 
@@ -121,6 +124,9 @@ class _Part:
     values: dict[str, dict[int, float]]
     devices: set[str]
     untimed: bool
+    prunes: bool
+    removed_on: set[str]  # where latencies were measured
+    removed_busy: bool
 
 
 Key = tuple[str, str]  # suite and method
@@ -159,7 +165,7 @@ def _side(found: list[Store]) -> _Side:
 
 
 def _part(table: GroupTable, method: str, parameters: str, rows: pd.DataFrame) -> _Part:
-    columns = {name: name for name in (*POINTS, *PERCENT)} | {"metric": "value"}
+    removed = rows[rows["removed_latency"].notna()]
     return _Part(
         suite=table.suite,
         group=table.group,
@@ -167,9 +173,12 @@ def _part(table: GroupTable, method: str, parameters: str, rows: pd.DataFrame) -
         method=method,
         parameters=parameters,
         conditions=conditions(rows.iloc[0].to_dict()) | json.loads(parameters),
-        values={name: by_seed(rows, column) for name, column in columns.items()},
+        values={name: by_seed(rows, column) for name, column in COLUMNS.items()},
         devices=devices(rows),
         untimed=timing_withheld(rows) is not None,
+        prunes=bool(rows["size"].notna().any()),
+        removed_on=set(removed["removed_on"]),
+        removed_busy=bool(removed["removed_busy"].any()),
     )
 
 
@@ -201,6 +210,7 @@ def _compared(
         "point": part.point,
         "method": part.method,
         "new": first is None and new,
+        "prunes": part.prunes,
     }
     if first is None or second is None:
         why = f"only in {names[0] if second is None else names[1]}"
@@ -240,12 +250,17 @@ def _unlike(a: _Part, b: _Part) -> str:
 
 
 def _measurements(a: _Part, b: _Part) -> list[str]:
-    """What may be compared of clocks and counters: nothing where devices differ, and no seconds
-    where they are no measurement.
+    """What may be compared in per cent: nothing of clocks and counters where devices differ, and no
+    times where they are no measurement.
     """
-    if len(a.devices | b.devices) != 1:
-        return []
-    return [name for name in PERCENT if name != "seconds" or not (a.untimed or b.untimed)]
+    alike = len(a.devices | b.devices) == 1
+    barred = {
+        "seconds": not alike or a.untimed or b.untimed,
+        "memory": not alike,
+        "energy": not alike,
+        "latency": len(a.removed_on | b.removed_on) != 1 or a.removed_busy or b.removed_busy,
+    }
+    return [name for name in PERCENT if not barred.get(name)]
 
 
 def _change(before: dict[int, float], after: dict[int, float], quantity: str) -> Change | None:
@@ -286,28 +301,6 @@ def _mark(change: Interval, quantity: str) -> str:
     return "better" if (towards == "above") == MORE_IS_BETTER[quantity] else "worse"
 
 
-def _missed(bounds: list[Gate], methods: list[Compared]) -> list[str]:
-    """Gates that were, or can't be checked; what is only in B has nothing to be held against."""
-    if all(method.new for method in methods):
-        return [f"{gate.text}: can't be checked (A has no finished trial)" for gate in bounds]
-    missed = []
-    for gate, method in product(bounds, methods):
-        where = " ".join(filter(None, [method.suite, method.point, method.method]))
-        change = next((c for c in method.changes if c.quantity == gate.quantity), None)
-        if method.new:
-            continue
-        if method.lacking:
-            listed = ", ".join(map(str, method.lacking))
-            missed.append(f"{gate.text}: {where}: can't be checked (B lacks seeds {listed})")
-        elif change is None or change.change is None:
-            why = "not comparable" if method.why else f"no {gate.quantity} to compare"
-            missed.append(f"{gate.text}: {where}: can't be checked ({why})")
-        elif gate.missed(round(change.change, 9)):
-            unit = "pp" if gate.quantity in POINTS else "%"
-            missed.append(f"{gate.text}: {where}: {change.change:+.2f} {unit}")
-    return missed
-
-
 def _notes(sides: list[_Side], methods: list[Compared]) -> list[str]:
     notes = [f"{name}: {s}" for name, side in zip("AB", sides, strict=True) for s in side.lacking]
     if any(change.quantity == "seconds" for method in methods for change in method.changes):
@@ -316,6 +309,12 @@ def _notes(sides: list[_Side], methods: list[Compared]) -> list[str]:
         notes.append(
             "Seconds are not compared: trials shared a device, other processes were busy, or "
             "devices differ."
+        )
+    known = {change.quantity for method in methods for change in method.changes}
+    if "parameters" in known and "latency" not in known:
+        notes.append(
+            "Latencies are not compared: none was measured, the device had other work, or devices "
+            "differ."
         )
     a, b = (", ".join(commits(side.trials)) for side in sides)
     if a != b:

@@ -15,6 +15,7 @@ from harness.report.layers import layer_pictures
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable, Report
 from harness.report.phases import follows_loss, with_labels
+from harness.report.pruning_figures import pruning_pictures
 from harness.report.style import (
     BASELINE,
     WIDTH,
@@ -52,6 +53,8 @@ def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[
         yield _tradeoff(table, of)
     if _left(table):
         yield _sparsity(table, of)
+    if _timed(table):
+        yield _latency(table, of)
     if any(row.measured.seconds_train is not None for row in _shown(table)):
         yield _times(table, done, of)
     labels = [row.label for row in _shown(table)]
@@ -59,6 +62,8 @@ def _of_group(table: GroupTable, report: Report, *, detailed: bool) -> Iterator[
         yield from layer_pictures(done, labels, report.results, of)
     if detailed and table.grouped:
         yield from group_pictures(done, _looks(_shown(table)), report.results, of)
+    if detailed and (_left(table) or any(row.minima.sharpness_n for row in table.methods)):
+        yield from pruning_pictures(done, _looks(table.methods), report.results, of)
 
 
 def _name(table: GroupTable) -> str:
@@ -201,6 +206,38 @@ def _sparsity(table: GroupTable, of: GroupLabel) -> Picture:
         f"{line}{margin}."
     )
     return of.picture("sparsity", caption, figure)
+
+
+def _timed(table: GroupTable) -> list[tuple[MethodRow, float]]:
+    """Those whose smaller model was timed, with what of the dense one's time it takes."""
+    found = [(row, row.removed.latency_batch) for row in _shown(table)]
+    return [(row, latency) for row, latency in found if latency is not None]
+
+
+def _latency(table: GroupTable, of: GroupLabel) -> Picture:
+    """What is kept against the time that a forward takes once dead neurons are removed."""
+    figure = Figure(figsize=(WIDTH, 3.8))
+    axis: Axes = figure.subplots()
+    marks, look = _timed(table), _looks(table.methods)
+    margin = _marks(axis, table, marks)
+    for row, _ in marks:
+        low, high = row.removed.latency_batch_low, row.removed.latency_batch_high
+        if low is not None and high is not None:
+            at = 2 * [100 * row.quality.metric_mean]
+            axis.plot([low, high], at, color=look[row.label].colour, linewidth=1)
+    axis.axvline(1, color=BASELINE, linewidth=0.8)
+    size = max(row.removed.latency_batch_size or 0 for row, _ in marks)
+    axis.set_xlabel(f"latency of {size} samples, × the dense model's")
+    axis.set_ylabel(f"{table.metric}, %")
+    legend(figure, axis)
+    alone = any(row.removed.latency_n == 1 for row, _ in marks)
+    single = ", across of one seed the middle half of its pairs" if alone else ""
+    lines = "lines: the dense model's latency" + (", the baseline's metric" if margin else "")
+    caption = (
+        f"{table.metric} against the latency of a forward once dead neurons are removed; bars are "
+        f"95 % intervals{single}; {lines}{margin}."
+    )
+    return of.picture("latency", caption, figure)
 
 
 def _without_sparsity(row: MethodRow) -> str:

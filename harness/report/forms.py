@@ -101,6 +101,9 @@ def _flat(table: GroupTable, row: dict[str, Any]) -> dict[str, Any]:
         f"{measure['name']}{' by layer' * (measure['layers'] > 0)}={measure['mean']}"
         for measure in row["measures"]
     )
+    row["stuck"] = "; ".join(
+        f"{each['layer']}={each['neurons']:g} ({each['reason']})" for each in row["stuck"]
+    )
     group = {name: getattr(table, name) for name in GROUP}
     known = group | row
     own = {f"parameters.{k}" if k in known else k: value for k, value in parameters.items()}

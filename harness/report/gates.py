@@ -4,12 +4,18 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
 
 from harness.errors import UserError
 
+if TYPE_CHECKING:
+    from harness.report.compare import Compared
+
 # What a gate can look at: points of a difference, or per cent of a ratio.
 POINTS = ("metric", "saved", "saved_required", "saved_paper")
-PERCENT = ("seconds", "memory", "energy")
+REMOVED = ("parameters", "forward", "latency")  # of what prunes, once dead neurons are removed
+PERCENT = ("seconds", "memory", "energy", *REMOVED)
 GATE = re.compile(r"\s*([a-z_]+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(pp|%)\s*")
 MORE_IS_BETTER = dict.fromkeys(POINTS, True) | dict.fromkeys(PERCENT, False)
 
@@ -46,3 +52,33 @@ def _gate(text: str) -> Gate:
     if unit != ("pp" if quantity in POINTS else "%") or quantity not in MORE_IS_BETTER:
         raise UserError(f"--fail-on {text!r}: there are {known}")
     return Gate(text.strip(), quantity, sign, float(bound))
+
+
+def missed(bounds: list[Gate], methods: "list[Compared]") -> list[str]:
+    """Gates that were, or can't be checked; what is only in B has nothing to be held against, and
+    what does not prune has nothing removed.
+    """
+    if all(method.new for method in methods):
+        return [f"{gate.text}: can't be checked (A has no finished trial)" for gate in bounds]
+    found = [
+        f"{gate.text}: can't be checked (nothing that prunes is in both)"
+        for gate in bounds
+        if gate.quantity in REMOVED and not any(method.prunes for method in methods)
+    ]
+    for gate, method in product(bounds, methods):
+        if gate.quantity in REMOVED and not method.prunes:
+            continue
+        where = " ".join(filter(None, [method.suite, method.point, method.method]))
+        change = next((c for c in method.changes if c.quantity == gate.quantity), None)
+        if method.new:
+            continue
+        if method.lacking:
+            listed = ", ".join(map(str, method.lacking))
+            found.append(f"{gate.text}: {where}: can't be checked (B lacks seeds {listed})")
+        elif change is None or change.change is None:
+            why = "not comparable" if method.why else f"no {gate.quantity} to compare"
+            found.append(f"{gate.text}: {where}: can't be checked ({why})")
+        elif gate.missed(round(change.change, 9)):
+            unit = "pp" if gate.quantity in POINTS else "%"
+            found.append(f"{gate.text}: {where}: {change.change:+.2f} {unit}")
+    return found

@@ -1,8 +1,10 @@
 """What methods have recorded themselves, as a table."""
 
+from harness.report.beside_words import held_against_one_shot
 from harness.report.grouped import MEASURES as GROUPED
 from harness.report.method_row import MeasureRow, MethodRow
 from harness.report.model import GroupTable
+from harness.report.per_trial import MINIMA
 from harness.report.tables import Cell, Column, Table
 from harness.report.words import NONE, counted
 
@@ -20,13 +22,17 @@ PRUNED = {  # of a whole model, by measure: what the table of pruning shows it a
 }
 
 
-def shown(row: MethodRow) -> list[MeasureRow]:
-    """The measures of a method that no other table shows."""
-    return [measure for measure in row.measures if not _elsewhere(measure, row)]
+def shown(row: MethodRow, table: GroupTable) -> list[MeasureRow]:
+    """The measures of a method that no other table of its group shows."""
+    claimed = held_against_one_shot(table)
+    return [measure for measure in row.measures if not _elsewhere(measure, row, claimed=claimed)]
 
 
-def _elsewhere(measure: MeasureRow, row: MethodRow) -> bool:
+def _elsewhere(measure: MeasureRow, row: MethodRow, *, claimed: bool) -> bool:
+    """`claimed`: whether there are tables of what is claimed of gradual pruning."""
     if measure.name in GROUPED:
+        return True
+    if claimed and measure.name in MINIMA and not measure.layers:
         return True
     part = None if measure.layers else PRUNED.get(measure.name)
     return part is not None and getattr(row.pruned, part) is not None
@@ -44,7 +50,7 @@ def measures(table: GroupTable) -> Table:
             Column("last"),
             Column("from … to"),
         ],
-        rows=[_row(row.label, measure) for row in table.methods for measure in shown(row)],
+        rows=[_row(row.label, measure) for row in table.methods for measure in shown(row, table)],
         notes=[NOTE],
     )
 

@@ -1,13 +1,15 @@
 """One method over its seeds, as every form of the report shows it.
 
 A row has a part for each question: what was reached, what was saved by count, what clocks and
-counters say, what a shorter baseline would have done, and what pruning has left. Field names are
-the documented keys of the JSON, where the parts stand flat, one after the other.
+counters say, what a shorter baseline would have done, and what pruning has left and is good for
+(`pruned_parts`). Field names are the documented keys of the JSON, where the parts stand flat, one
+after the other.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from harness.report.pruned_parts import BesideOneShot, Minima, Removed
 from harness.suite.method_specs import kind_of
 
 
@@ -201,6 +203,9 @@ class MethodRow:
     replays: Replays
     shorter_baseline: ShorterBaseline
     pruned: Pruned
+    removed: Removed = field(default_factory=Removed)
+    minima: Minima = field(default_factory=Minima)
+    beside: BesideOneShot = field(default_factory=BesideOneShot)
     measures: list[MeasureRow] = field(default_factory=list)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.report.beside import beside_one_shot, minima_of
 from harness.report.intervals import (
     Interval,
     difference,
@@ -29,6 +30,7 @@ from harness.report.method_row import (
     ShorterBaseline,
 )
 from harness.report.per_trial import COUNTS, Labels, by_seed
+from harness.report.removed import removed_of
 from harness.report.replayed import TIMING, replays_of
 from harness.suite.method_specs import KINDS, kind_of, told
 
@@ -43,6 +45,7 @@ def method_rows(
     margin: float,
     measures: pd.DataFrame,
     replays: pd.DataFrame,
+    removals: pd.DataFrame,
     *,
     noise: bool,
     timed: bool,
@@ -51,9 +54,9 @@ def method_rows(
     """One row for each method: baselines first, then kind by kind, of one kind by parameters.
 
     `done`: the finished trials of a group (`per_trial`); `failures`: trials that failed, by method;
-    `margin`: of verdicts, as a share; `measures`, `replays`: rows of these tables. `noise`: whether
-    they were trained on that; `timed`: whether all ran on one kind of device, `shared`: whether it
-    had other work.
+    `margin`: of verdicts, as a share; `measures`, `replays`, `removals`: rows of these tables.
+    `noise`: whether they were trained on that; `timed`: whether all ran on one kind of device,
+    `shared`: whether it had other work.
     """
     baseline = done[done["baseline"]].drop_duplicates("seed")
     lost = sum(n for key, n in failures.items() if kind_of(json.loads(key[1])).is_baseline)
@@ -83,11 +86,13 @@ def method_rows(
                 replays=replays_of(rows, replays) if timed else Replays(),
                 shorter_baseline=_shorter_baseline(rows, others),
                 pruned=_pruned(rows),
+                removed=removed_of(rows, removals),
+                minima=minima_of(rows),
                 measures=recorded(measures, rows),
             )
         )
     found.sort(key=_order)
-    return found
+    return beside_one_shot(found, done, noise=noise)
 
 
 def _order(row: MethodRow) -> tuple[Any, ...]:

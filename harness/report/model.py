@@ -10,12 +10,15 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.report import groups, notes
+from harness.report.beside import entropies
 from harness.report.grouped import GroupedRow, grouped
 from harness.report.method_row import MethodRow
 from harness.report.methods import labels, method_rows
 from harness.report.per_trial import Labels, device_shared, devices, per_trial, timing_withheld
 from harness.report.phases import Phase, phases
+from harness.report.pruned_parts import LayerEntropy
 from harness.report.published import PaperComparison, against_published
+from harness.report.removed import with_removals
 from harness.storage.frames import Results, read_results
 from harness.storage.requests import Request
 from harness.storage.schema import REWRITTEN, reported
@@ -60,6 +63,7 @@ class GroupTable:
     paper_dense: float
     methods: list[MethodRow]
     grouped: list[GroupedRow]
+    entropies: list[LayerEntropy]
     phases: list[Phase]
     published: list[PaperComparison]
     missing: list[str]
@@ -119,6 +123,7 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
     epochs = {str(group): rows for group, rows in of_groups}
     none, keys = results.epochs.iloc[:0], set(chosen["trial"])
     measures, replays = results.measures_of(keys), results.replays_of(keys)
+    removals = results.removals_of(keys)
     tables: list[GroupTable] = []
     done: dict[str, pd.DataFrame] = {}
     for name, rows in chosen.groupby("group", sort=False):
@@ -128,11 +133,11 @@ def load_report(found: Iterable[Store], only: set[str] | None = None) -> Report:
         state = groups.group_trials(rows, mine, requests)
         pairs = zip(state.done["method"], state.done["parameters"], strict=True)
         called = labels([*pairs, *state.failures])
-        done[group] = per_trial(state.done, mine, called, measures)
+        done[group] = with_removals(per_trial(state.done, mine, called, measures), removals)
         tables.append(
             _group(
                 *(rows, state, done[group], mine, requests, called, apart),
-                *(results.twice, measures, replays),
+                *(results.twice, measures, replays, removals),
             )
         )
     tables.sort(key=lambda table: table.suite)
@@ -201,6 +206,7 @@ def _group(
     twice: dict[str, list[str]],
     measures: pd.DataFrame,
     replays: pd.DataFrame,
+    removals: pd.DataFrame,
 ) -> GroupTable:
     first, group = trials.iloc[0], str(trials["group"].iloc[0])
     request = requests[-1] if requests else Request(group=group, trials=[])
@@ -218,6 +224,7 @@ def _group(
         margin / 100,
         measures,
         replays,
+        removals,
         noise=synthetic,
         timed=alike,
         shared=withheld is not None,
@@ -244,6 +251,7 @@ def _group(
         paper_dense=float(done["paper_dense"].mean()),
         methods=rows,
         grouped=grouped(done, measures),
+        entropies=entropies(rows, done, measures),
         phases=phases(done, epochs),
         published=against_published(request.published, done, trials, margin / 100),
         missing=state.missing,

@@ -14,6 +14,10 @@ COUNTS = ["dense", "paper", "required", "executed"]
 Labels = dict[tuple[str, str], str]  # by name and parameters (JSON) of a method
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]
 SIZES = ["parameters", "neurons"]  # measures of a whole model; what is left of each: `…_left`
+MINIMA = [  # measures of a whole model, on the minimum that training has found
+    *("sharpness", "sharpness_low", "sharpness_high"),
+    *("train_metric", "generalisation_gap", "probe_metric"),
+]
 
 
 def per_trial(
@@ -27,8 +31,8 @@ def per_trial(
     sample, mean over epochs), `paper_curve`, `paper_dense`; `saved…`, `spent` (of all FLOPs of
     plain training), `frozen` (shares); `seconds…`, `memory` (bytes), `energy` (joules),
     `other_load`; `size` (parameters that are left, of what prunes) and, of what prunes, the fields
-    of `method_row.Pruned`; `baseline`, `in_question` and `label`. Shares are of the baseline's
-    model, where there is one.
+    of `method_row.Pruned`; MINIMA, as recorded last; `baseline`, `in_question` and `label`. Shares
+    are of the baseline's model, where there is one.
     """
     mine = epochs[epochs["trial"].isin(done["trial"])].sort_values("epoch", kind="stable")
     by_sample = {
@@ -70,6 +74,7 @@ def per_trial(
         # A process that comes to a GPU for an epoch is too many; a CPU may be busy for a moment.
         other_load=joined["other_load"].where(joined["gpu"].isna(), joined["most_load"]),
     )
+    joined[MINIMA] = of_model(measures, joined, MINIMA)
     return _with_pruned(_with_shares(joined), measures)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from harness.report import views
 from harness.report.answers import answers
+from harness.report.beside_view import beside_tables
 from harness.report.curves import Sweep, sweep_of, sweeps
 from harness.report.grouped import groups_table
 from harness.report.measures_view import measures, shown
 from harness.report.model import GroupTable, NotBegun, Report
 from harness.report.paper_view import against_paper
 from harness.report.pruning_view import pruned
+from harness.report.removed_view import removed
 from harness.report.savings_view import savings
 from harness.report.tables import Section
 from harness.report.words import arguments, as_text, counted, listed
@@ -63,7 +65,9 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         made += [views.shorter_baseline(table)] if shorter else []
     made += [groups_table(table.grouped, table.metric)] if table.grouped else []
     made += [pruned(table)] if any(row.prunes for row in table.methods) else []
-    made += [measures(table)] if any(shown(row) for row in table.methods) else []
+    made += [removed(table)] if any(row.removed.removed_n for row in table.methods) else []
+    made += beside_tables(table)
+    made += [measures(table)] if any(shown(row, table) for row in table.methods) else []
     made += [against_paper(table)] if made and table.published else []
     alerts = [("Not begun", line) for line in table.missing]
     alerts += [("Unfinished", line) for line in table.unfinished]

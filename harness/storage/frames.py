@@ -42,6 +42,17 @@ class Results:
         """All rows of `replays`, one for each trial whose masks were timed; read when asked for."""
         return self._rows("replays", None)
 
+    @property
+    def removals(self) -> pd.DataFrame:
+        """All rows of `removals`, one for each trial of what prunes whose dead neurons were
+        removed; read when asked for.
+        """
+        return self._rows("removals", None)
+
+    def removals_of(self, trials: Container[str]) -> pd.DataFrame:
+        """The rows of `removals` of these trials."""
+        return self._rows("removals", trials)
+
     def replays_of(self, trials: Container[str]) -> pd.DataFrame:
         """The rows of `replays` of these trials."""
         return self._rows("replays", trials)
