@@ -13,11 +13,13 @@ from neq.groups import GroupEquilibrium
 from neq.neurons import Layer, NeuronIndex
 from neq.policies import AtEquilibrium, Everyone, FreezeAfter, Policy, Random, SmallestVelocity
 from neq.required import RequiredFlops
+from neq.sharpness import Eigenvalue, top_eigenvalue
 from neq.timings import Timings, measure, stopwatch
 
 __all__ = [
     "AtEquilibrium",
     "Budget",
+    "Eigenvalue",
     "Everyone",
     "FreezeAfter",
     "FreezeFirst",
@@ -39,4 +41,5 @@ __all__ = [
     "parallel",
     "plan",
     "stopwatch",
+    "top_eigenvalue",
 ]

@@ -55,6 +55,7 @@ def examine_suite(path: str, settings: list[str]) -> Iterator[Finding]:
         patient.the_samples,
         patient.the_order,
         patient.the_task,
+        patient.the_analysis,
         patient.the_methods,
         patient.the_accounting,
         patient.a_resumed_trial,
@@ -62,6 +63,8 @@ def examine_suite(path: str, settings: list[str]) -> Iterator[Finding]:
     ):
         if examination == patient.two_workers and not patient.has_own_methods:
             return
+        if examination == patient.the_analysis and not patient.is_analysed:
+            continue
         what = examination.__name__.strip("_").replace("_", " ")
         wrong = _complaint(examination)
         yield Finding(what, wrong)
@@ -108,6 +111,11 @@ class _Patient:
     def has_own_methods(self) -> bool:
         """Whether a method comes from the user's own code."""
         return any(method.foreign for method in self.suite.methods.values())
+
+    @property
+    def is_analysed(self) -> bool:
+        """Whether the suite wants to know more of its models than their metric."""
+        return self.suite.sharpness is not None or self.suite.probe is not None
 
     def the_model(self) -> None:
         first, again = (self._built() for _ in range(2))
@@ -187,6 +195,11 @@ class _Patient:
             raise UserError("the meter's counts of two halves do not add up to those of the whole")
         if not 0 <= value <= 1:
             raise UserError(f"the metric must be a share from 0 to 1, got {value}")
+
+    def the_analysis(self) -> None:
+        preflight.check_analysis(
+            self.suite, self.folder, self.task, self.model, self.data, self.samples
+        )
 
     def the_methods(self) -> None:
         trials = specs(self._path, self._settings, ",".join(self.suite.methods), "0")
@@ -286,6 +299,7 @@ class _Patient:
             "recipe.batch_size=4",
             f"data.train_size={validation + 8}",
             f"data.validation_size={validation}",
+            *(["sharpness.samples=8"] if self.suite.sharpness else []),
             "resources={cpus=1, gpus=0}",
         ]
 

@@ -51,6 +51,13 @@ class Method:
         """
         return None
 
+    @property
+    def kept_weights(self) -> Mapping[str, Tensor]:
+        """By layer name, bool of its weight's shape: the weights that are left, of a method that
+        prunes; of layers that are not named, all.
+        """
+        return {}
+
     def start(self) -> None:
         """Called once, before epoch 0."""
 

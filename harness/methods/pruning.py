@@ -51,6 +51,11 @@ class Sized(Method):
         """See Method."""
         return self.masks.size().parameters_left
 
+    @property
+    def kept_weights(self) -> Mapping[str, Tensor]:
+        """See Method."""
+        return self.masks.kept
+
     def measures(self) -> Measures:
         """See Method: sizes, FLOPs of one sample's forward, and the PSP-entropy."""
         found = _sizes(self.masks.size())

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from harness.suite import parts
 from harness.suite.config import Suite, TrialSpec
 from harness.tasks import Task, build_task
 from harness.train import weights
+from harness.train.analysis import check_sharpness
 from harness.train.optimizers import build_optimizer, check_followed
+from harness.train.probe import check_probe
 
 SAMPLES = 2  # that are run through the model
 
@@ -49,11 +52,13 @@ def preflight(trials: Sequence[TrialSpec]) -> Dataset:
         costs = costs_of(model, suite.model.input, suite.model.unpublished)
         task = build_task(suite, folder)
         check_outputs(suite, task, model, samples, data.labels())
+        check_analysis(suite, folder, task, model, data, samples)
         check_methods(trials, model, costs)
         for trial in _each_method(trials):
             if trial.method_spec.model_changes:
                 other, _ = _other_model(trial)
                 check_outputs(suite, task, other, samples, data.labels())
+                check_analysis(suite, folder, task, other, data, samples)
         if suite.resources.world_size > 1:
             check_gradients(suite, task, model, samples)
     return data
@@ -184,6 +189,21 @@ def check_outputs(
     with _blaming(suite):
         for known in labels:
             task.check_labels(outputs, known)
+
+
+def check_analysis(
+    suite: Suite,
+    folder: Path | str,
+    task: Task,
+    model: nn.Module,
+    data: Dataset,
+    samples: FirstSamples,
+) -> None:
+    """Raises UserError where what the suite wants to know of a model can't be told of this one."""
+    if suite.sharpness is not None:
+        check_sharpness(suite, data, task, model, samples["training"][0])
+    if suite.probe is not None:
+        check_probe(suite, folder, model)
 
 
 def check_gradients(suite: Suite, task: Task, model: nn.Module, samples: FirstSamples) -> None:

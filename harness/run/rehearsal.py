@@ -13,7 +13,7 @@ from harness import parallel
 from harness.errors import UserError, with_origin
 from harness.methods.building import CALLS, STATED, check_state, equal
 from harness.seeds import seed_globals
-from harness.suite.config import TrialSpec
+from harness.suite.config import Sharpness, TrialSpec
 from harness.train.assembly import Assembly, assemble
 from harness.train.loop import Loop
 from harness.train.tuning import Tuning, numerics
@@ -32,7 +32,9 @@ def rehearse(trial: TrialSpec, samples: int) -> None:
     """
     recipe = trial.suite.recipe
     short = recipe.model_copy(update={"batch_size": samples, "forward_batch": None})
-    suite = trial.suite.model_copy(update={"recipe": short})
+    often = trial.suite.sharpness and Sharpness(every=1, iterations=1)  # `kept_weights` must fit
+    changes = {"recipe": short, "sharpness": often, "probe": None}
+    suite = trial.suite.model_copy(update=changes)
     rehearsal = _Rehearsal(trial.model_copy(update={"suite": suite}), samples)
     with numerics(recipe.precision):
         for epoch in range(min(EPOCHS, recipe.epochs)):
@@ -72,6 +74,7 @@ class _Rehearsal:
             work.flops(frozen, plan)
             work.layer_rows(frozen, plan)
             work.measure_rows()
+            work.analysis.rows(epoch, 0.0)
             work.size()
             check_state(self._spec.method, work.method)
         if not torch.equal(ended, parallel.fingerprint(work.model)):

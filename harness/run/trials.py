@@ -14,6 +14,7 @@ from harness.suite import files, parts, sweep
 from harness.suite.config import Resources, Suite, TrialSpec
 from harness.tasks import build_task
 from harness.train import weights
+from harness.train.probe import probe_data
 
 STATE_NAMES = {None: "to do", "running": "partial", "done": "done", "failed": "failed"}
 
@@ -104,6 +105,7 @@ def _first(suite: Suite, folder: Path, shipped: bool) -> TrialSpec:
         code=code,
         method_code=method_code,
         fingerprint=data.fingerprint(),
+        probe_fingerprint=probe_data(suite, folder).fingerprint() if suite.probe else "",
         weights=weights.weights_identity(suite.model.weights),
         data_name=data.name,
         metric=build_task(suite, folder).metric,

@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from harness.suite.fields import ImportString
+from harness.suite.fields import ImportString, added
 from harness.suite.method_specs import MethodSpec, with_kinds
 
 # Raise when a change to the code changes the numbers of a trial: old results then stand apart.
@@ -153,6 +154,39 @@ class Resources(Strict):
         return 1.0 if self.gpus == "auto" else self.gpus / self.world_size
 
 
+class Sharpness(Strict):
+    """How sharp the minimum is, looked at every so many epochs and after the last one.
+
+    `samples`: of the training part, the same for all methods and seeds; their loss's Hessian is
+    meant, and the metric on them. `iterations` of power iteration at most, `tolerance` of its
+    residual, relative: see neq.top_eigenvalue.
+    """
+
+    samples: Count = 500
+    every: Count = 10
+    iterations: Count = 200
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
+
+
+class Probe(Strict):
+    """Other data, on which the features of the trained model are tried by logistic regression.
+
+    `load`, `arguments`, `root`: as of Data; all of its training images are trained on, without
+    augmentation. `layer`: the Linear layer whose inputs are the features (default: the only one
+    that model.exclude names).
+    """
+
+    load: ImportString
+    arguments: dict[str, Any] = {}
+    root: str = ""
+    layer: str = ""
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, root: str) -> str:
+        return str(Path(root).absolute()) if root else ""  # a worker may work elsewhere
+
+
 class PublishedValue(Strict):
     """One published figure, the mean of `n` runs with `std` where these are known.
 
@@ -194,8 +228,8 @@ class Suite(Strict):
 
     `task(**task_arguments)` returns the harness.tasks.Task. `methods`: by the name that a user
     gives them; `default_methods`: those that are run where none are named. `margin`: the loss of
-    the metric that is accepted, in percentage points. `point`: of a sweep, what was chosen for this
-    experiment, by path.
+    the metric that is accepted, in percentage points. `sharpness`, `probe`: what is looked at
+    whatever the method. `point`: of a sweep, what was chosen for this experiment, by path.
     """
 
     name: Name
@@ -211,6 +245,8 @@ class Suite(Strict):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     margin: Annotated[float, Field(gt=0, lt=100)] = MARGIN
     published: Published = Published()
+    sharpness: Sharpness | None = added(None)
+    probe: Probe | None = added(None)
     point: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -234,9 +270,10 @@ class Suite(Strict):
 
     def experiment(self) -> dict[str, Any]:
         """What all trials of a group share: everything that defines the numbers, and no paths."""
-        parts = {"name", "task", "task_arguments", "model", "data", "recipe"}
+        parts = {"name", "task", "task_arguments", "model", "data", "recipe", "sharpness", "probe"}
         values = self.model_dump(mode="json", include=parts)
         del values["data"]["root"], values["data"]["download"], values["model"]["weights"]
+        values.get("probe", {}).pop("root", None)
         return values | {"numerics": NUMERICS, "world_size": self.resources.world_size}
 
 
@@ -245,8 +282,8 @@ class TrialSpec(Strict):
 
     `folder`: where the suite's own modules lie; `code`: digest of those that are not neqbench's,
     without those that methods alone import: `method_code` has a digest of them by method.
-    `fingerprint`: of the data, from their content; `weights`: of what training starts from;
-    `metric`: what the suite's task measures.
+    `fingerprint`: of the data, from their content; `probe_fingerprint`: of the probe's; `weights`:
+    of what training starts from; `metric`: what the suite's task measures.
     """
 
     suite: Suite
@@ -256,6 +293,7 @@ class TrialSpec(Strict):
     code: str
     method_code: dict[str, str] = {}
     fingerprint: str
+    probe_fingerprint: str = ""
     weights: str = ""
     data_name: str
     metric: str
@@ -264,6 +302,8 @@ class TrialSpec(Strict):
     def group(self) -> str:
         """Hash of all but method and seed: trials that share it may stand in one table."""
         seen = {"code": self.code, "data_fingerprint": self.fingerprint, "weights": self.weights}
+        if self.probe_fingerprint:
+            seen["probe_fingerprint"] = self.probe_fingerprint
         return digest(self.suite.experiment() | seen)
 
     @property

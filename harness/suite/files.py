@@ -4,9 +4,9 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from harness.errors import UserError
 from harness.suite import sweep
@@ -153,8 +153,12 @@ def _fields(location: list[str]) -> list[str]:
         if part == "methods" or field is None:
             model = KINDS.get(location[-1], Suite)
             break
-        model = field.annotation
+        model = next(filter(_is_table, get_args(field.annotation)), field.annotation)
     return [name for name in getattr(model, "model_fields", {}) if name != "kind"]
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _similar(word: str, known: Any) -> str:

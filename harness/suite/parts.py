@@ -54,7 +54,9 @@ def code_digests(suite: Suite, folder: Path, *, shipped: bool) -> tuple[str, dic
     the results speak for them.
     """
     folder = folder.resolve()
-    parts = _files((suite.task, suite.model.build, suite.data.load), folder, shipped)
+    references = [suite.task, suite.model.build, suite.data.load]
+    references += [suite.probe.load] if suite.probe else []
+    parts = _files(references, folder, shipped)
     methods = {
         name: _files([method.work[0]], folder, shipped)
         for name, method in suite.methods.items()

@@ -33,6 +33,7 @@ from harness.storage.schema import flops_columns, quantiles
 from harness.suite.config import TrialSpec
 from harness.suite.parts import build_model
 from harness.tasks import Task, build_task
+from harness.train.analysis import Analysis, analysis_of
 from harness.train.evaluation import Evaluator
 from harness.train.optimizers import build_optimizer, check_followed
 from harness.train.tuning import Tuning, tuning_for
@@ -50,7 +51,7 @@ class Assembly:
     `name`: of the method; `model`: the bare module; `trained`: the module whose forward is called
     in training, which averages gradients over workers where there are several. `scheduler`: None
     where the recipe has none. `training`: what the `method` is given. `tuning`: memory format and
-    kernels in use.
+    kernels in use. `analysis`: what the suite wants to know whatever the method.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Assembly:
     training: Training
     method: Method
     tuning: Tuning
+    analysis: Analysis
 
     @property
     def costs(self) -> Costs:
@@ -163,7 +165,8 @@ def assemble(
     recipe, parts = suite.recipe, suite.model
     check_followed(suite)
     loaders = suite.resources.cpus if device.type == "cuda" else 0
-    batches = load_data(suite, folder).open(device, seed, recipe, loaders=loaders, most=most)
+    data = load_data(suite, folder)
+    batches = data.open(device, seed, recipe, loaders=loaders, most=most)
     task = build_task(suite, folder)
     seed_globals(seed, "initialisation")
     model = build_model(parts.build, folder, parts.arguments)
@@ -212,6 +215,7 @@ def assemble(
         training=training,
         method=method,
         tuning=tuning,
+        analysis=analysis_of(spec, data, evaluator, costs, method, most),
     )
 
 

@@ -109,7 +109,8 @@ class Trial:
             code=code(),
             **measured,
         )
-        self._recorder.add(record, work.layer_rows(frozen, plan), work.measure_rows())
+        measures = work.measure_rows() + work.analysis.rows(epoch, record.test_metric)
+        self._recorder.add(record, work.layer_rows(frozen, plan), measures)
         _, seconds = self._timed(lambda: self._commit(work))
         record = self._recorder.committed(seconds)
         parallel.wait()  # what another process may store next comes after this

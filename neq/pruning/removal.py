@@ -33,10 +33,11 @@ class Shrunk:
     """A model without what was dead.
 
     `model`: smaller, of the same class, on the same device and in the same mode, with the same
-    hooks; it shares no tensor with the model that it was made of. `removed`: by layer, the rows that went, as they were
-    numbered before. `dead`: neurons that had no weight; `stuck`: those of them that stay.
-    `difference`, `difference_float64`: the largest by which an output differs from the model's
-    before, on `example`, in the model's own precision; and on that and on noise, in float64.
+    hooks; it shares no tensor with the model that it was made of. `removed`: by layer, the rows
+    that went, as they were numbered before. `dead`: neurons that had no weight; `stuck`: those of
+    them that stay. `difference`, `difference_float64`: the largest by which an output differs from
+    the model's before, on `example`, in the model's own precision; and on that and on noise, in
+    float64.
     """
 
     model: nn.Module
