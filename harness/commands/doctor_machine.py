@@ -199,7 +199,12 @@ def _data() -> Iterator[Finding]:
         else:
             mend = f"neqbench prepare {names[0]}, --set data.root=…, or --synthetic"
             yield Finding(what, found=f"none in {root}; {mend}", note=True)
-    for extra, module in {"swin": "timm", "coco": "pycocotools", "cloud": "obstore"}.items():
+    for extra, module in {
+        "swin": "timm",
+        "coco": "pycocotools",
+        "cloud": "obstore",
+        "pruning": "torch_pruning",
+    }.items():
         if find_spec(module) is None:
             found = f"not installed; pip install 'neqbench[{extra}]' where it is needed"
             yield Finding(module, found=found, note=True)
