@@ -134,6 +134,7 @@ def test_why_it_is_no_faster(kept):
     text = said(kept([removal(300, ratio) for ratio in (0.98, 1.1, 1.05)]))
     assert slow in text
     assert zeros not in text
+    assert zeros not in said(kept([removal(990, 1.0, stuck=STUCK)] * 3))  # that is the reason
     text = said(kept([removal(990, 1.0)] * 3, left=950))  # of which hardly any were pruned
     assert zeros not in text
     assert slow not in text
@@ -145,10 +146,7 @@ def test_nothing_to_remove(kept):
     assert (found.removed_parameters_share, found.latency_batch) == (1.0, 1.0)
     text = said(report)
     assert "gradual: nothing was removed: nothing is dead." in text
-    assert (
-        "Nothing of it can be removed (nothing is dead), and a forward takes × 1.00 of the dense "
-        "one's time at batch 50 (1.00 to 1.00), × 1.10 at batch 1. Fewer parameters are hardly"
-    ) in text
+    assert "Nothing of it can be removed: nothing is dead. Fewer parameters are hardly" in text
 
 
 def test_what_is_null_is_not_known(kept):

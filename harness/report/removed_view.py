@@ -151,13 +151,13 @@ def removed_answer(row: MethodRow) -> str:
     found = row.removed
     forward, parameters = found.removed_forward_share, found.removed_parameters_share
     if found.removed_reason and not found.neurons_removed:
-        has = f"Nothing of it can be removed ({found.removed_reason})"
+        said = f"Nothing of it can be removed: {found.removed_reason}."
     elif forward is None:
         return ""
     else:
         of = "" if parameters is None else f"{percent(parameters)} % of the parameters and "
         has = f"Removed for real, it has {of}{percent(forward)} % of the forward's FLOPs"
-    said = f"{has}{_takes(found)}{_agrees(found)}."
+        said = f"{has}{_takes(found)}{_agrees(found)}."
     return " ".join(part for part in (said, _no_faster(row), *_stays(found)) if part)
 
 
@@ -189,8 +189,8 @@ def _no_faster(row: MethodRow) -> str:
     faster = timed and (found.latency_batch or 1.0) < MOST and (ends is None or ends[1] < 1)
     if faster or left is None or left > FEW:
         return ""
-    if forward > FEW:
-        return ZEROS
+    if forward > FEW:  # of dead neurons that stay another sentence says why
+        return "" if found.neurons_stuck else ZEROS
     return SLOW if timed else ""
 
 
