@@ -159,7 +159,7 @@ def test_what_is_null_is_not_known(kept):
     assert (found.removed_n, found.removed_parameters_share) == (2, None)
     assert (found.latency_n, found.latency_batch) == (1, pytest.approx(0.6))
     text = said(report)
-    assert "Nothing of it can be removed (torch-pruning can't trace it)" in text
+    assert "Nothing of it can be removed: torch-pruning can't trace it" in text
     assert "gradual: latency of 1 of 2 seeds." in text
 
 
