@@ -34,7 +34,9 @@ def spread(mean: float | None, std: float | None) -> str:
 
 def interval_text(low: float | None, high: float | None) -> str:
     """An interval of shares, in per cent: "[98.77, 99.75]"."""
-    return NONE if low is None or high is None else f"[{100 * low:.2f}, {100 * high:.2f}]"
+    if low is None or high is None:
+        return NONE
+    return f"[{100 * low:.2f}, {100 * high:.2f}]".replace("-", "−")
 
 
 def signed_interval(low: float | None, high: float | None) -> str:
