@@ -4,7 +4,7 @@ from neq.pruning.coupled import RemovalError
 from neq.pruning.entropy import NoClassesError, PSPEntropy, psp_entropy
 from neq.pruning.magnitude import Bisection, EmptiedLayerError, MagnitudePruner
 from neq.pruning.masks import Masks, Size, prunable
-from neq.pruning.removal import Shrunk, Stuck, shrunk
+from neq.pruning.removal import Shrunk, Stuck, dead_neurons, shrunk
 from neq.pruning.schedules import Plateau, Schedule
 from neq.pruning.sensitivity import (
     NeuronSensitivity,
@@ -30,6 +30,7 @@ __all__ = [
     "Shrunk",
     "Size",
     "Stuck",
+    "dead_neurons",
     "neuron_sensitivity",
     "parameter_sensitivity",
     "prunable",

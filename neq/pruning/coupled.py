@@ -1,5 +1,6 @@
 """Which channels of a model can only be removed together, by torch-pruning's dependency graph."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PADS = (nn.ZeroPad3d, nn.ConstantPad3d)  # of [n, channels, h, w]: their last pair pads channels
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _BY_CHANNEL = (*NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.PReLU)
+_ACROSS = re.compile(  # operations of torch, without "Backward"
+    r"A(min|max|minmax)|Max|Min|Median|Mode|Sort|Topk|(Log)?Softmax|Logsumexp|(Std|Var)(Mean)?"
+    r"|(LinalgVector)?Norm|Cum(sum|prod)|Prod"
+)
 INSTALL = "removal needs torch-pruning: pip install 'neqbench[pruning]'"
 
 
@@ -71,7 +76,12 @@ def rows(module: Any) -> Tensor:
     return weight.reshape(*weight.shape[:2], -1)
 
 
-def channels(model: nn.Module, example: Sequence[Any]) -> list[Channel]:
+def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies, which a model may change in place."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+
+
+def channels(model: nn.Module, example: tuple[Any, ...]) -> list[Channel]:
     """All channels that layers with weights write, each once; raises RemovalError where
     torch-pruning can't trace the model.
     """
@@ -94,7 +104,7 @@ def channels(model: nn.Module, example: Sequence[Any]) -> list[Channel]:
     return found
 
 
-def _graph(model: nn.Module, example: Sequence[Any]) -> Any:
+def _graph(model: nn.Module, example: tuple[Any, ...]) -> Any:
     try:
         import torch_pruning
     except ImportError:
@@ -110,7 +120,7 @@ def _graph(model: nn.Module, example: Sequence[Any]) -> Any:
         with torch.enable_grad():
             graph.build_dependency(
                 model,
-                example_inputs=tuple(example),
+                example_inputs=fresh(example),
                 customized_pruners=dict.fromkeys(PADS, pads),
                 output_transform=_with_gradients,
                 verbose=False,
@@ -124,12 +134,12 @@ def _graph(model: nn.Module, example: Sequence[Any]) -> Any:
     return graph
 
 
-def _with_gradients(outputs: Any) -> Any:
-    """As they are; without gradients there is no graph to look at."""
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    if not tensors or not all(tensor.requires_grad for tensor in tensors):
+def _with_gradients(outputs: Any) -> list[Tensor]:
+    """Those that have a graph to look at."""
+    found = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+    if not found:
         raise ValueError("its outputs have no gradients")
-    return outputs
+    return found
 
 
 def one_line(error: Exception) -> str:
@@ -249,12 +259,13 @@ def _unknown(part: Part) -> str | None:
     if isinstance(module, (*_BY_CHANNEL, *PADS)):
         return None
     if kind.startswith("_"):  # an operation of torch
-        return _padded_by_function(node.grad_fn)
-    return f"{kind} computes across channels"
+        return _unknown_operation(node.grad_fn)
+    return f"{kind} computes across channels, or can't be made narrower"
 
 
-def _padded_by_function(grad_fn: Any) -> str | None:
+def _unknown_operation(grad_fn: Any) -> str | None:
     amounts = getattr(grad_fn, "_saved_pad", None)
-    if amounts is None or len(amounts) < 5 or not any(amounts[4:6]):
-        return None
-    return "a function pads its channels; nn.ZeroPad3d can be made narrower"
+    if amounts is not None and len(amounts) > 4 and any(amounts[4:6]):
+        return "a function pads its channels; nn.ZeroPad3d can be made narrower"
+    name = "" if grad_fn is None else grad_fn.name().partition("Backward")[0]
+    return f"torch's {name} may compute across channels" if _ACROSS.fullmatch(name) else None

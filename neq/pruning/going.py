@@ -18,6 +18,7 @@ from neq.pruning.coupled import (
     Part,
     channels,
     depthwise,
+    fresh,
     rows,
     weighted,
 )
@@ -90,7 +91,7 @@ class Plan:
         alive = [part for part in channel.sources() if not self._is_dead(part)]
         if alive and not self._cut_off(channel):
             names = ", ".join(dict.fromkeys(self._names[part.module] for part in alive))
-            return f"a sum joins it with neurons that live, of {names}"
+            return f"it is joined with neurons that live, of {names}"
         return self._foldable(channel, readers)
 
     def _is_dead(self, part: Part) -> bool:
@@ -195,7 +196,7 @@ def _seen(
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(look).remove)
         for probe in probes:
-            model(*probe)
+            model(*fresh(probe))
     return ends
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from neq.neurons import unwrapped
-from neq.pruning.coupled import Channel, RemovalError, one_line, rows, weighted
+from neq.pruning.coupled import Channel, RemovalError, fresh, one_line, rows, weighted
 from neq.pruning.going import Going, Plan, dead, remove
 
 AGREE = 1e-9  # in float64, of the largest output: what rounding in another order may do
+SCALES = (0.1, 1.0, 10.0)  # of noise
 UNSEEN = "the model's forward does not come by"
 Row = tuple[str, int]  # layer, and number of the row before anything was removed
 
@@ -35,9 +36,9 @@ class Shrunk:
     `model`: smaller, of the same class, on the same device and in the same mode, with the same
     hooks; it shares no tensor with the model that it was made of. `removed`: by layer, the rows
     that went, as they were numbered before. `dead`: neurons that had no weight; `stuck`: those of
-    them that stay. `difference`, `difference_float64`: the largest by which an output differs from
-    the model's before, on `example`, in the model's own precision; and on that and on noise, in
-    float64.
+    them that stay. `difference`: the largest by which an output differs from that of the model as
+    it was, on `example` in the model's own precision; `difference_float64`: with the same weights
+    in float64, on `example` and on noise. Folded weights are rounded to the model's precision.
     """
 
     model: nn.Module
@@ -51,9 +52,7 @@ class Shrunk:
     def widths(self) -> dict[str, tuple[int, int]]:
         """By name of each convolution and linear layer: (inputs, outputs) that it has now."""
         return {
-            name: (rows(module).shape[1], rows(module).shape[0])
-            for name, module in self.model.named_modules()
-            if weighted(module)
+            name: _widths(module) for name, module in self.model.named_modules() if weighted(module)
         }
 
 
@@ -66,13 +65,16 @@ def shrunk(model: nn.Module, example: Any) -> Shrunk:
     everywhere alike; at zero-padded borders they don't, and one neuron stays that says what all of
     its kind said. Neurons that nobody reads go as well.
     Where a sum, as in a residual network, joins neurons of several layers, they go together or not
-    at all. `example`: an input of the model, or a tuple of all its arguments, as it is in
-    evaluation; batches of two samples or more.
+    at all.
+
+    `example`: an input of the model, or a tuple of all its arguments, as they are in evaluation; of
+    two samples or more, the more the better: that a dead neuron's constant arrives as one is seen
+    on them, and on noise of several scales in their place.
 
     The graph is torch-pruning's (Fang et al., CVPR 2023). Channels that are padded with zeros, as
     by a shortcut without parameters, can go where nn.ZeroPad3d does it. Raises ImportError without
-    torch-pruning, and RemovalError, a ValueError, where it can't trace the model, or the model
-    can't be evaluated on `example` in float64.
+    torch-pruning, and RemovalError, a ValueError, where it can't trace the model, where weights
+    are parametrised, and where the model can't be evaluated on `example`, or not in float64.
     """
     inputs = example if isinstance(example, tuple) else (example,)
     search = _Search(unwrapped(model), inputs)
@@ -86,13 +88,15 @@ class _Search:
 
     def __init__(self, given: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._given, self._inputs = given, inputs
-        self._model = copy.deepcopy(given).requires_grad_(True).eval().double()
+        _check_plain(given)
         self._probes = list(_probes(inputs))
         try:
+            self._before_as_given = _outputs(copy.deepcopy(given).eval(), inputs)
+            self._model = copy.deepcopy(given).requires_grad_(True).eval().double()
             self._before = [_outputs(self._model, probe) for probe in self._probes]
         except Exception as error:  # of any kind, from a model that is not neq's
             raise RemovalError(
-                f"the model can't be evaluated on the example in float64: {one_line(error)}"
+                f"the model can't be evaluated on the example, or not in float64: {one_line(error)}"
             ) from error
         layers = {name: m for name, m in self._model.named_modules() if weighted(m)}
         self._left = {name: list(range(rows(m).shape[0])) for name, m in layers.items()}
@@ -102,7 +106,6 @@ class _Search:
         self._staying: dict[Row, str] = {}
         self._refused: dict[Row, str] = {}
         self._one_by_one = False
-        self._difference = 0.0
 
     def step(self) -> bool:
         """Remove what can go; whether there may be more."""
@@ -146,14 +149,10 @@ class _Search:
         try:
             remove(going)
             now = [_outputs(self._model, probe) for probe in self._probes]
-            difference = max(map(_difference, self._before, now))
+            wrong = [d for pair in zip(self._before, now, strict=True) for d in _disagree(*pair)]
         except Exception as error:  # of any kind: its forward may count on widths
             return f"the model fails without it: {one_line(error)}"
-        scale = max(float(out.abs().max()) for before in self._before for out in before)
-        if not difference <= AGREE * scale:
-            return f"outputs would differ by {difference:.1e} without it"
-        self._difference = difference
-        return None
+        return f"outputs would differ by {max(wrong):.1e} without it" if wrong else None
 
     def _forget(self, gone: Iterable[Row]) -> None:
         for layer, row in gone:
@@ -167,9 +166,10 @@ class _Search:
             (row[0], self._refused.get(row) or self._staying.get(row, UNSEEN))
             for row in sorted(self._dead - gone)
         )
-        before = _outputs(copy.deepcopy(self._given).eval(), self._inputs)
         model = self._as_given().eval()
         now = _outputs(model, self._inputs)
+        rounded = copy.deepcopy(model).double()
+        doubles = [_outputs(rounded, probe) for probe in self._probes]
         for module, given in zip(model.modules(), self._given.modules(), strict=True):
             module.training = given.training
         return Shrunk(
@@ -179,8 +179,10 @@ class _Search:
             stuck=tuple(
                 Stuck(layer=layer, neurons=n, reason=why) for (layer, why), n in reasons.items()
             ),
-            difference=_difference(before, now),
-            difference_float64=self._difference,
+            difference=max(_differences(self._before_as_given, now), default=0.0),
+            difference_float64=max(
+                d for pair in zip(self._before, doubles, strict=True) for d in _differences(*pair)
+            ),
         )
 
     def _as_given(self) -> nn.Module:
@@ -197,6 +199,29 @@ class _Search:
         return model
 
 
+def dead_neurons(model: nn.Module) -> dict[str, int]:
+    """By name of each convolution and linear layer: how many of its neurons have no weight but
+    zeros.
+    """
+    layers = {name: m for name, m in unwrapped(model).named_modules() if weighted(m)}
+    return {name: int(dead(module).sum()) for name, module in layers.items()}
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if weighted(module) and not isinstance(module._parameters.get("weight"), nn.Parameter):
+            raise RemovalError(
+                f"the weight of {name!r} is parametrised: take that off first, by "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
+            )
+
+
 def _true(mask: Tensor) -> list[int]:
     found: list[int] = mask.nonzero().flatten().tolist()
     return found
@@ -206,7 +231,8 @@ def _probes(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """The example in float64, and noise in its place where it holds numbers."""
     yield tuple(_double(value) for value in inputs)
     generator = torch.Generator().manual_seed(0)
-    yield tuple(_noise(value, generator) for value in inputs)
+    for scale in SCALES:
+        yield tuple(_noise(value, scale, generator) for value in inputs)
 
 
 def _double(value: Any) -> Any:
@@ -214,20 +240,34 @@ def _double(value: Any) -> Any:
     return value.detach().double() if floating else value
 
 
-def _noise(value: Any, generator: torch.Generator) -> Any:
+def _noise(value: Any, scale: float, generator: torch.Generator) -> Any:
+    """In every other sample the same number everywhere."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    return (3 * drawn).to(value.device)
+    drawn = scale * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    if value.dim() > 1:
+        drawn[1::2] = drawn[1::2].flatten(1)[:, 0].view(-1, *[1] * (value.dim() - 1)).clone()
+    return drawn.to(value.device)
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(model(*fresh(inputs))) if isinstance(leaf, Tensor)]
 
 
-def _difference(before: list[Tensor], now: list[Tensor]) -> float:
-    """The largest; raises ValueError for other shapes."""
+def _differences(before: list[Tensor], now: list[Tensor]) -> list[float]:
+    """The largest of each output; raises ValueError for other shapes."""
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in now]:
         raise ValueError("its outputs have other shapes")
-    return max(float((b - n).abs().max()) for b, n in zip(before, now, strict=True))
+    found = []
+    for b, n in zip(before, now, strict=True):
+        alike = (b == n) | (b.isnan() & n.isnan())  # infinities, too
+        found.append(float(torch.where(alike, 0, (b - n).abs()).max()) if b.numel() else 0.0)
+    return found
+
+
+def _disagree(before: list[Tensor], now: list[Tensor]) -> list[float]:
+    """The differences that are more than rounding."""
+    scales = [float(torch.where(b.isfinite(), b, 0).abs().max()) for b in before if b.numel()]
+    differences = [d for d, b in zip(_differences(before, now), before, strict=True) if b.numel()]
+    return [d for d, s in zip(differences, scales, strict=True) if not d <= AGREE * s]
