@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from test_pruning_methods import narrow
+from torch import nn
 from trials import run as run_trial
 from trials import small, toy
 
@@ -18,6 +20,8 @@ from harness.run.removals import Removals
 from harness.storage.store import Store
 from harness.suite.parts import build_model
 from harness.train import removal
+from harness.train.tuning import Tuning
+from neq.pruning import dead_neurons
 
 NEURONS = "sparsity=0.4, end=1.0, units='neurons'"  # by magnitude it would empty a layer
 
@@ -114,8 +118,10 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(tmp_path):
     run_trial(spec, tmp_path)
     assert len(after([spec], tmp_path)) == 1
     assert after([spec], tmp_path) == []
-    assert len(after([spec], tmp_path, save=True)) == 1
+    before = rows(tmp_path)
+    assert after([spec], tmp_path, save=True) == ["saved random-pruning: 1 trial"]
     assert after([spec], tmp_path, save=True) == []
+    pd.testing.assert_frame_equal(rows(tmp_path), before)  # what was measured alone stays
     (path,) = (tmp_path / "digits-pruning" / "removals").iterdir()
     table = pq.read_table(path)
     place = table.schema.get_field_index("trials_on_device")
@@ -174,26 +180,95 @@ class Net(ResNet):
 
 def test_a_model_that_can_not_be_traced_leaves_the_trial_as_it_is(tmp_path, toys):
     (toys / "net.py").write_text(UNTRACEABLE)
-    table = "methods.one-shot={kind='one-shot', sparsity=0.5, at=0.5, units='neurons'}"
-    spec = toy(toys, "one-shot", "model.build=net:Net", "recipe.epochs=2", table)
+    table = "methods.drawn={kind='random-pruning', sparsity=0.4, end=1.0, units='neurons'}"
+    spec = toy(toys, "drawn", "model.build=net:Net", "recipe.epochs=2", table)
     run_trial(spec, tmp_path)
     (line,) = after([spec], tmp_path)
     assert "0 neurons (torch-pruning can't trace the model: ValueError: its outputs have no" in line
-    row = rows(tmp_path, spec.suite.name).loc["one-shot"]
+    row = rows(tmp_path, spec.suite.name).loc["drawn"]
     assert row["parameters"] == row["parameters_dense"]
     assert row["neurons_removed"] == 0
+    dead = sum(dead_neurons(trained(spec, tmp_path)).values())
+    assert row["neurons_dead"] == dead > 0
+    assert sum(one["neurons"] for one in json.loads(row["stuck"])) == dead
+    assert pd.isna(row["difference"])
+    assert pd.isna(row["difference_float64"])
     assert Store(tmp_path, spec.suite.name).trial(spec.key)["state"] == "done"
 
 
-def test_a_model_that_is_gone(tmp_path):
+def test_one_that_fails_does_not_hold_up_the_others(tmp_path):
+    trials = [pruned(seed=seed) for seed in range(3)]
+    for spec in trials:
+        run_trial(spec, tmp_path)
+    for path in (tmp_path / "digits-pruning" / "checkpoints" / trials[1].key).iterdir():
+        path.unlink()
+    well, lost = after(trials, tmp_path)
+    assert well.startswith("removed random-pruning: 2 trials, ")
+    assert lost.startswith("not removed: random-pruning (1 trial): the trained model is not there")
+    assert sorted(rows(tmp_path)["seed"]) == [0, 2]
+
+
+def test_what_was_trained_elsewhere_is_counted_and_not_timed(tmp_path):
     spec = pruned()
     run_trial(spec, tmp_path)
-    (folder,) = (tmp_path / "digits-pruning" / "checkpoints").iterdir()
-    for path in folder.iterdir():
-        path.unlink()
+    (path,) = (tmp_path / "digits-pruning" / "trials").iterdir()
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("cpu")
+    pq.write_table(table.set_column(place, table.schema.field(place), [["Another CPU"]]), path)
     (line,) = after([spec], tmp_path)
-    assert line.startswith("not removed: random-pruning (1 trial): ")
-    assert line.endswith("is not there")
+    assert line.endswith("; no latency, since it was trained on another machine")
+    row = rows(tmp_path).loc["random-pruning"]
+    assert row["parameters"] < row["parameters_dense"]
+    assert pd.isna(row["latency_batch"])
+    assert after([spec], tmp_path) == []
+
+
+class Priced(nn.Module):
+    """A forward that costs what `prices` say for its batch; keeps what it was given."""
+
+    def __init__(self, clock, prices):
+        super().__init__()
+        self.clock, self.prices, self.given = clock, prices, []
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        self.given.append((x.shape, x.is_contiguous(memory_format=torch.channels_last)))
+        self.half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        self.clock.append(self.prices[len(x)])
+        return x
+
+
+def test_latency_is_of_the_smaller_over_the_whole_model_in_the_suites_precision(monkeypatch):
+    clock, looks = [], []
+
+    @contextmanager
+    def stopwatch(_device):
+        seconds, begun = [], len(clock)
+        yield seconds
+        seconds.append(sum(clock[begun:]))
+
+    monkeypatch.setattr(removal.neq, "stopwatch", stopwatch)
+    suite = small("baseline", "recipe.precision=bf16").suite
+    pictures = suite.model.model_copy(update={"input": (3, 8, 8)})
+    suite = suite.model_copy(update={"model": pictures})
+    timed = removal.Clock(
+        suite=suite,
+        device=torch.device("cpu"),
+        tuning=Tuning(channels_last=True),
+        look=lambda: looks.append(None),
+    )
+    smaller, whole = Priced(clock, {1: 0.03, 40: 0.5}), Priced(clock, {1: 0.04, 40: 2.0})
+    one, many = timed(smaller, whole, 1), timed(smaller, whole, 40)
+    assert (one.ratio, one.low, one.high) == pytest.approx((0.75, 0.75, 0.75))
+    assert (one.seconds, one.dense) == pytest.approx((0.03, 0.04))
+    assert (many.ratio, many.seconds, many.dense) == pytest.approx((0.25, 0.5, 2.0))
+    assert len(looks) == 6  # three pairs of each
+    shape = suite.model.input
+    assert set(smaller.given) == {((1, *shape), True), ((40, *shape), True)} == set(whole.given)
+    assert smaller.half is whole.half is torch.bfloat16
 
 
 def test_the_option_goes_with_a_job():

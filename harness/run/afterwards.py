@@ -2,18 +2,21 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import pyarrow.parquet as pq
 import torch
 
 from harness import parallel
+from harness.errors import UserError, one_line
 from harness.run import ray_cluster
 from harness.run.attempt import undisturbed
+from harness.storage.locations import StorageError
 from harness.storage.provenance import Slot, alone, code, hardware, provenance
 from harness.storage.schema import identified
 from harness.storage.store import Store
@@ -41,9 +44,8 @@ class Work(Protocol):
 
     done: ClassVar[str]
 
-    @property
-    def seconds(self) -> float:
-        """About how long it takes for a group of trials, on each kind of machine."""
+    def within(self, trials: int) -> float:
+        """About how many seconds it takes for so many trials of a group."""
         ...
 
     def lacking(self, trials: Sequence[TrialSpec], store: Store) -> Pairs:
@@ -61,11 +63,15 @@ class Work(Protocol):
         """
         ...
 
+    def count(self, pairs: Pairs, root: str, shown: Shown) -> Iterator[Told]:
+        """Store what needs no machine, of trials that ran on one of another kind."""
+        ...
+
 
 def here(work: Work, trials: Sequence[TrialSpec], root: str, shown: Shown) -> Iterator[Told]:
     """Do the work for `trials`, of one group, in this process; tell what can't be done here."""
     told = []
-    for one in measured(work, trials, root, shown):
+    for one in chain(measured(work, trials, root, shown), elsewhere(work, trials, root, shown)):
         told.append(one)
         yield one
     yield from refused(work, trials, root, told, [this_machine(gpu=True)])
@@ -90,7 +96,8 @@ def on_cluster(
                 break
             name = node["NodeManagerHostname"]
             shown(f"measuring on {name}")
-            found = ray_cluster.alone_on(node, work.seconds, _on_this_node, work, left, root)
+            seconds = work.within(len(left))
+            found = ray_cluster.alone_on(node, seconds, _on_this_node, work, left, root)
             if isinstance(found, str):
                 yield Told(f"nothing {work.done} on {name}: {found}", (), well=False)
                 continue
@@ -98,7 +105,11 @@ def on_cluster(
             machines[machine] = None
             told += lines
             yield from lines
-    yield from refused(work, trials, root, told, list(machines))
+    if machines:
+        for one in elsewhere(work, trials, root, shown, machines):
+            told.append(one)
+            yield one
+    yield from refused(work, trials, root, told, list(machines) or ["no node that was free"])
 
 
 def _on_this_node(work: Work, trials: Sequence[TrialSpec], root: str) -> tuple[str, list[Told]]:
@@ -113,13 +124,38 @@ def measured(
 
     `shown`: is told what is going on.
     """
-    pairs = [
-        (spec, row)
-        for spec, row in work.lacking(trials, Store(root, trials[0].suite.name))
-        if work.never(spec) is None and _ran_on(row) == this_machine(row["device"] == "cuda")
-    ]
+    pairs = [pair for pair in _open(work, trials, root) if _ran_here(pair[1])]
     if pairs:
         yield from work.measure(pairs, root, shown)
+
+
+def elsewhere(
+    work: Work,
+    trials: Sequence[TrialSpec],
+    root: str,
+    shown: Shown,
+    machines: Container[str] = (),
+) -> Iterator[Told]:
+    """Do what can be done of it for those that ran neither on this kind of machine nor on one of
+    `machines`.
+    """
+    pairs = [
+        pair
+        for pair in _open(work, trials, root)
+        if not _ran_here(pair[1]) and _ran_on(pair[1]) not in machines
+    ]
+    if pairs:
+        yield from work.count(pairs, root, shown)
+
+
+def _open(work: Work, trials: Sequence[TrialSpec], root: str) -> Pairs:
+    """Those that lack it, and may have it."""
+    found = work.lacking(trials, Store(root, trials[0].suite.name))
+    return [pair for pair in found if work.never(pair[0]) is None]
+
+
+def _ran_here(row: Row) -> bool:
+    return _ran_on(row) == this_machine(row["device"] == "cuda")
 
 
 def refused(
@@ -167,6 +203,12 @@ def finished(
 def was_alone(row: Row) -> bool:
     """Whether nothing else used the device meanwhile."""
     return alone(row["trials_on_device"], row["other_load"])
+
+
+def reason_of(error: Exception) -> str:
+    """In a line, with its kind where neqbench did not raise it."""
+    known = isinstance(error, (UserError, StorageError, ImportError))
+    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
 
 
 def busy(seen: Row) -> str:

@@ -1,11 +1,13 @@
 """After the trials: dead neurons are removed for real, and forwards timed alone on the device."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from harness.errors import UserError, one_line
+import torch
+from torch import Tensor, nn
+
 from harness.run.afterwards import (
     Pairs,
     Row,
@@ -16,25 +18,50 @@ from harness.run.afterwards import (
     counted,
     finished,
     keep,
+    reason_of,
     was_alone,
     watched,
 )
 from harness.storage.locations import StorageError
+from harness.storage.provenance import hardware
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
-from harness.train.removal import Measurable, Removed, dense, measure, remove
+from harness.train.removal import (
+    Clock,
+    Latency,
+    Measurable,
+    Removed,
+    dense,
+    examples,
+    measure,
+    remove,
+)
 from harness.train.tuning import Tuning
 from neq.pruning import Shrunk
 
-if TYPE_CHECKING:
-    from torch import nn
-
 FOLDER = "shrunk"
-SECONDS = 120.0  # of a group, where a node is waited for
+SECONDS = 30.0  # of a trial, where a node is waited for
 
 
-class LostError(Exception):
-    """The trained model is not there any more."""
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What the trials of a group have in common: results, the dense model, samples."""
+
+    store: Store
+    whole: Measurable
+    example: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What became of a trial: what was found, and what was seen meanwhile (None: it has all that
+    already); or why it was not.
+    """
+
+    spec: TrialSpec
+    removed: Removed | None = None
+    seen: Row | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +70,10 @@ class Removals:
 
     save: bool
     done: ClassVar[str] = "removed"
-    seconds: ClassVar[float] = SECONDS
+
+    def within(self, trials: int) -> float:
+        """See Work."""
+        return SECONDS * trials
 
     def lacking(self, trials: Sequence[TrialSpec], store: Store) -> Pairs:
         """See Work: those that have pruned something, or may have."""
@@ -58,8 +88,7 @@ class Removals:
         if self.save:
             kept = {name.removesuffix(".pt2") for name in store.location.names(FOLDER)}
             known = {spec.key for spec, _ in found}
-            again = [t for t in those if t.key not in kept | known]
-            found += finished(again, store, None)
+            found += finished([t for t in those if t.key not in kept | known], store, None)
         return found
 
     def never(self, spec: TrialSpec) -> str | None:
@@ -68,47 +97,70 @@ class Removals:
 
     def measure(self, pairs: Pairs, root: str, shown: Shown) -> Iterator[Told]:
         """See Work: method by method."""
-        first = pairs[0][0]
-        store, whole = Store(root, first.suite.name), None
-        for name, mine in by_method(pairs).items():
-            try:
-                whole = whole or dense(first.suite, first.folder)
-                found = []
-                for number, (spec, row) in enumerate(mine):
-                    shown(f"removing what {name} left dead: {number} of {counted(mine)}")
-                    found.append(self._one(spec, row, store, whole))
-            except Exception as error:  # a user's model may raise anything; the trials are safe
-                known = isinstance(error, (LostError, ImportError, UserError, StorageError))
-                why = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-                text = f"not removed: {name} ({counted(mine)}): {why}"
-                yield Told(text, tuple(spec.key for spec, _ in mine), well=False)
-                continue
-            yield _told(name, mine, found)
+        return self._all(pairs, root, shown, timed=True)
 
-    def _one(
-        self, spec: TrialSpec, row: Row, store: Store, whole: Measurable
-    ) -> tuple[Removed, Row]:
-        """Remove, measure and store, of one trial."""
+    def count(self, pairs: Pairs, root: str, shown: Shown) -> Iterator[Told]:
+        """See Work: all but latency."""
+        return self._all(pairs, root, shown, timed=False)
+
+    def _all(self, pairs: Pairs, root: str, shown: Shown, *, timed: bool) -> Iterator[Told]:
+        first = pairs[0][0]
+        try:
+            whole = dense(first.suite, first.folder)
+            group = _Group(Store(root, first.suite.name), whole, examples(first))
+        except Exception as error:  # the user's model or data may raise anything
+            yield from _told("", [_End(spec, why=reason_of(error)) for spec, _ in pairs])
+            return
+        for name, mine in by_method(pairs).items():
+            ends = []
+            for number, (spec, row) in enumerate(mine):
+                shown(f"removing what {name} left dead: {number} of {counted(mine)}")
+                try:
+                    ends.append(self._one(spec, row, group, timed=timed))
+                except Exception as error:  # the trials are done, and safe
+                    ends.append(_End(spec, why=reason_of(error)))
+            yield from _told(name, ends)
+
+    def _one(self, spec: TrialSpec, row: Row, group: _Group, *, timed: bool) -> _End:
+        """Remove, measure and store, of one trial; what was measured alone stays."""
+        store, end = group.store, _End(spec)
         state = store.load_checkpoint(spec.key)
         if state is None:
-            raise LostError(f"{store.location.path(f'checkpoints/{spec.key}')} is not there")
-        with watched(spec, row) as watch:
-            found, reason = remove(spec, state["model"])
+            path = store.location.path(f"checkpoints/{spec.key}")
+            raise StorageError(f"the trained model is not there ({path})")
+        found, reason = remove(spec, state["model"], group.example)
+        if finished([spec], store, "removals"):
             tuning = Tuning.from_json(state["tuning"])
-            removed = measure(spec, found, reason, whole, watch.device, tuning)
-            seen = watch.seen()
-        keep(store, "removals", spec, removed, seen)
+            end = _measured(spec, row, found, reason, group.whole, tuning if timed else None)
+            keep(store, "removals", spec, end.removed, end.seen or {})
         if self.save:
             _save(store, spec, found)
-        return removed, seen
+        return end
+
+
+def _measured(
+    spec: TrialSpec,
+    row: Row,
+    found: Shrunk,
+    reason: str | None,
+    whole: Measurable,
+    tuning: Tuning | None,
+) -> _End:
+    """By the clock, too, where there is a tuning."""
+    if tuning is None:
+        removed = measure(spec, found, reason, whole, lambda *_: Latency())
+        seen = {"trials_on_device": 1, "other_load": 0.0, "device": hardware(gpu=False)}
+        return _End(spec, removed, seen)
+    with watched(spec, row) as watch:
+        suite = spec.trained_suite
+        clock = Clock(suite=suite, device=watch.device, tuning=tuning, look=watch.look)
+        return _End(spec, measure(spec, found, reason, whole, clock), watch.seen())
 
 
 def _save(store: Store, spec: TrialSpec, found: Shrunk) -> None:
     """`<trial>.pt`: its state_dict, and widths by layer; `<trial>.pt2`: a program of torch.export,
     which needs neither neqbench nor the suite's code.
     """
-    import torch
-
     buffer = io.BytesIO()
     torch.save({"state_dict": found.model.state_dict(), "widths": found.widths}, buffer)
     store.location.write(f"{FOLDER}/{spec.key}.pt", buffer.getvalue())
@@ -117,30 +169,42 @@ def _save(store: Store, spec: TrialSpec, found: Shrunk) -> None:
     store.location.write(f"{FOLDER}/{spec.key}.pt2", program.getvalue())
 
 
-def _exported(model: "nn.Module", shape: Sequence[int]) -> Any:
-    """For batches of any size, where the model has no other mind."""
-    import torch
-
-    inputs = (torch.randn(2, *shape),)
+def _exported(model: nn.Module, shape: Sequence[int]) -> Any:
+    """For batches of any size; of one sample where the model's forward counts on the size."""
     try:
-        return torch.export.export(
-            model.eval(), inputs, dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-    except Exception:  # its forward counts on the batch's size
-        return torch.export.export(model.eval(), inputs)
+        sizes = ({0: torch.export.Dim("batch")},)
+        return torch.export.export(model.eval(), (torch.randn(2, *shape),), dynamic_shapes=sizes)
+    except Exception:  # of any kind
+        return torch.export.export(model.eval(), (torch.randn(1, *shape),))
 
 
-def _told(name: str, pairs: Pairs, found: Sequence[tuple[Removed, Row]]) -> Told:
-    keys = tuple(spec.key for spec, _ in pairs)
-    count, left = len(found), [removed for removed, _ in found]
+def _told(name: str, ends: Sequence[_End]) -> Iterator[Told]:
+    """A line on what went well, and one for each reason why something did not."""
+    found = [end for end in ends if not end.why]
+    if found:
+        yield _told_well(name, found)
+    for why in dict.fromkeys(end.why for end in ends if end.why):
+        mine = [end.spec for end in ends if end.why == why]
+        methods = name or ", ".join(dict.fromkeys(spec.method for spec in mine))
+        keys = tuple(spec.key for spec in mine)
+        yield Told(f"not removed: {methods} ({counted(mine)}): {why}", keys, well=False)
+
+
+def _told_well(name: str, ends: Sequence[_End]) -> Told:
+    keys = tuple(end.spec.key for end in ends)
+    left = [end.removed for end in ends if end.removed]
+    if not left:
+        return Told(f"saved {name}: {counted(keys)}", keys)
     gone = sum(one.neurons_removed for one in left)
     text = f"removed {name}: {counted(keys)}, {gone} neurons"
     reasons = dict.fromkeys(one.reason for one in left if one.reason)
     if reasons:
         text += f" ({'; '.join(reasons)})"
-    share = sum(one.parameters / one.parameters_dense for one in left) / count
+    share = sum(one.parameters / one.parameters_dense for one in left) / len(left)
     text += f", {share:.0%} of the parameters left"
-    disturbed: list[Mapping[str, Any]] = [seen for _, seen in found if not was_alone(seen)]
+    if left[0].latency_one is None:
+        return Told(f"{text}; no latency, since it was trained on another machine", keys)
+    disturbed = [end.seen for end in ends if end.seen and not was_alone(end.seen)]
     if not disturbed:
         return Told(text, keys)
     return Told(f"{text}, while {busy(disturbed[0])}: no latency; run it again", keys, well=False)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.errors import UserError, one_line
 from harness.run.afterwards import (
     Pairs,
     Row,
@@ -15,10 +14,10 @@ from harness.run.afterwards import (
     counted,
     finished,
     keep,
+    reason_of,
     was_alone,
     watched,
 )
-from harness.storage.locations import StorageError
 from harness.storage.masks import epoch_masks
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
@@ -35,6 +34,14 @@ class Replays:
     def lacking(self, trials: Sequence[TrialSpec], store: Store) -> Pairs:
         """See Work: those that may have frozen something."""
         return finished([t for t in trials if t.method_spec.may_freeze], store, "replays")
+
+    def within(self, trials: int) -> float:
+        """See Work: however many they are."""
+        return self.seconds
+
+    def count(self, pairs: Pairs, root: str, shown: Shown) -> Iterator[Told]:
+        """See Work: nothing."""
+        return iter(())
 
     def never(self, spec: TrialSpec) -> str | None:
         """See Work."""
@@ -108,8 +115,7 @@ def _replayed(
         for spec, one in zip(specs, found, strict=True):
             keep(store, "replays", spec, one, seen)
     except Exception as error:  # a user's method may raise anything; the trials are done, and safe
-        known = isinstance(error, (UnreplayableError, UserError, StorageError))
-        why = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        why = str(error) if isinstance(error, UnreplayableError) else reason_of(error)
         text = f"not replayed: {name} ({counted(specs)}): {why}"
         return Told(text, tuple(spec.key for spec in specs), well=False)
     return _told(name, found, seen)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 VERSION = 5  # raise with every column that is added
 SCHEMA_VERSION = str(VERSION)
 REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
+REMEASURED = "delete it and run the suite again: it is measured anew"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 _ARROW = {int: INTEGER, float: NUMBER, int | None: INTEGER, float | None: NUMBER, str | None: TEXT}
@@ -261,6 +262,11 @@ def identified(spec: TrialSpec, rows: list[dict[str, Any]], kind: str) -> pa.Tab
     return pa.Table.from_pylist([identity | row for row in rows], schema=SCHEMAS[kind])
 
 
+def mend(kind: str) -> str:
+    """What to do with a file of a table that makes no sense."""
+    return REMEASURED if kind in AFTERWARDS else REWRITTEN
+
+
 def from_parquet(data: bytes, path: str, kind: str, columns: list[str] | None) -> pa.Table:
     """The table of `kind` in the bytes of a parquet file, or some of its columns.
 
@@ -277,7 +283,7 @@ def from_parquet(data: bytes, path: str, kind: str, columns: list[str] | None) -
         names = columns or SCHEMAS[kind].names
         table = file.read([n for n in names if n in written.names], use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)[:100]}); {REWRITTEN}") from None
+        raise UserError(f"{path} is damaged ({one_line(error)[:100]}); {mend(kind)}") from None
     if not fitting:
         raise UserError(
             f"{path}: schema version {version}, this neqbench reads version {SCHEMA_VERSION}; "

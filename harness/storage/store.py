@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.storage import leases
 from harness.storage.commits import Commits
 from harness.storage.locations import StorageError, open_location
-from harness.storage.schema import REWRITTEN, SCHEMAS, from_parquet
+from harness.storage.schema import SCHEMAS, from_parquet, mend
 
 
 class NothingError(UserError):
@@ -105,7 +105,7 @@ class Store:
         table = from_parquet(data, path, kind, columns)
         whose = set(table["trial"].unique().to_pylist())
         if whose - {key} or (kind == "trials" and len(table) != 1):
-            raise UserError(f"{path} holds rows of {whose or 'nobody'}; {REWRITTEN}")
+            raise UserError(f"{path} holds rows of {whose or 'nobody'}; {mend(kind)}")
         return table
 
 

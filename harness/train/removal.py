@@ -8,7 +8,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,31 +18,32 @@ import torch
 from torch import Tensor, nn
 
 import neq
+from harness.data.load import load_data
 from harness.flops.costs import count_costs
 from harness.suite.config import Suite, TrialSpec
 from harness.suite.parts import build_model
 from harness.train.tuning import Tuning, autocast
-from neq.pruning import RemovalError, Shrunk, shrunk
+from neq.pruning import RemovalError, Shrunk, Stuck, dead_neurons, shrunk
 
-SAMPLES = 2  # on which outputs are compared
+SAMPLES = 8  # of the test part, on which outputs are compared
 LEAST, MOST = 7, 101  # pairs of forwards
-SECONDS = 4.0  # of pairs, for each size of a batch
+SECONDS = 2.0  # of pairs, for each size of a batch
 ROW = 0.02  # seconds that are timed in a row, at least
 WARM = 3  # forwards that are not counted
 NOTHING = "nothing is dead"
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Seconds of forwards, medians over pairs taken by turns; their ratio with its quartiles."""
+    """Seconds of forwards, medians over pairs taken by turns; their ratio with its quartiles. None:
+    not measured.
+    """
 
-    seconds: float
-    dense: float
-    ratio: float
-    low: float
-    high: float
+    seconds: float | None = None
+    dense: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +60,19 @@ class Removed:
     forward_flops_dense: int
     file_bytes: int
     file_bytes_dense: int
-    difference: float
-    difference_float64: float
+    difference: float | None
+    difference_float64: float | None
     batch: int
-    latency_one: float
-    latency_one_low: float
-    latency_one_high: float
-    latency_batch: float
-    latency_batch_low: float
-    latency_batch_high: float
-    seconds_one: float
-    seconds_one_dense: float
-    seconds_batch: float
-    seconds_batch_dense: float
+    latency_one: float | None
+    latency_one_low: float | None
+    latency_one_high: float | None
+    latency_batch: float | None
+    latency_batch_low: float | None
+    latency_batch_high: float | None
+    seconds_one: float | None
+    seconds_one_dense: float | None
+    seconds_batch: float | None
+    seconds_batch_dense: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,24 +104,39 @@ def dense(suite: Suite, folder: str) -> Measurable:
     return Measurable.of(build_model(parts.build, folder, parts.arguments), suite)
 
 
-def remove(spec: TrialSpec, weights: Mapping[str, Any]) -> tuple[Shrunk, str | None]:
+def examples(spec: TrialSpec) -> Tensor:
+    """Some samples of the test part."""
+    recipe = spec.suite.recipe
+    data = load_data(spec.suite, spec.folder).open(torch.device("cpu"), 0, recipe, most=SAMPLES)
+    inputs, _ = next(iter(data.evaluate("test", SAMPLES)))
+    return inputs
+
+
+def remove(spec: TrialSpec, weights: dict[str, Any], example: Tensor) -> tuple[Shrunk, str | None]:
     """The trial's model with these `weights`, without what is dead; and why nothing went, if so."""
     parts = spec.trained_suite.model
     model = build_model(parts.build, spec.folder, parts.arguments)
     model.load_state_dict(weights)
-    generator = torch.Generator().manual_seed(0)
-    example = torch.randn(SAMPLES, *parts.input, generator=generator)
     try:
         found = shrunk(model, example)
     except RemovalError as error:
-        return _as_it_is(model), str(error)
+        return _as_it_is(model, str(error)), str(error)
     if found.removed:
         return found, None
     return found, NOTHING if not found.dead else "none of the dead neurons can be removed"
 
 
-def _as_it_is(model: nn.Module) -> Shrunk:
-    return Shrunk(model=model, removed={}, dead=0, stuck=(), difference=0.0, difference_float64=0.0)
+def _as_it_is(model: nn.Module, why: str) -> Shrunk:
+    """Nothing was removed, and nothing compared."""
+    dead = {layer: neurons for layer, neurons in dead_neurons(model).items() if neurons}
+    return Shrunk(
+        model=model,
+        removed={},
+        dead=sum(dead.values()),
+        stuck=tuple(Stuck(layer=name, neurons=n, reason=why) for name, n in dead.items()),
+        difference=math.nan,
+        difference_float64=math.nan,
+    )
 
 
 def measure(
@@ -128,25 +144,15 @@ def measure(
     found: Shrunk,
     reason: str | None,
     whole: Measurable,
-    device: torch.device,
-    tuning: Tuning,
+    timed: Callable[[nn.Module, nn.Module, int], Latency],
 ) -> Removed:
-    """What is left of the `whole` suite's model, by count and by the clock of `device`."""
+    """What is left of the `whole` suite's model, by count; `timed` measures the latency of the
+    smaller beside the whole model, for so many samples.
+    """
     suite = spec.trained_suite
     left = Measurable.of(found.model, suite)
     batch = suite.recipe.forward_size(suite.resources.world_size)
-    sides = [
-        tuning.convert(copy.deepcopy(one.model)).to(device).requires_grad_(False)
-        for one in (left, whole)
-    ]
-    precision = suite.recipe.precision
-
-    def timed(size: int) -> Latency:
-        inputs = tuning.apply(torch.randn(size, *suite.model.input).to(device))
-        forwards = [partial(_forward, side, inputs, precision) for side in sides]
-        return _by_turns(forwards[0], forwards[1], device)
-
-    one, many = timed(1), timed(batch)
+    one, many = (timed(left.model, whole.model, size) for size in (1, batch))
     return Removed(
         reason=reason,
         stuck=json.dumps([asdict(stuck) for stuck in found.stuck]),
@@ -158,8 +164,8 @@ def measure(
         forward_flops_dense=whole.flops,
         file_bytes=left.file_bytes,
         file_bytes_dense=whole.file_bytes,
-        difference=found.difference,
-        difference_float64=found.difference_float64,
+        difference=_known(found.difference),
+        difference_float64=_known(found.difference_float64),
         batch=batch,
         latency_one=one.ratio,
         latency_one_low=one.low,
@@ -174,6 +180,35 @@ def measure(
     )
 
 
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """Times forwards as the `suite` evaluates: on its device, in its precision and memory format.
+
+    `look`: is called after each pair, to see who else is there.
+    """
+
+    suite: Suite
+    device: torch.device
+    tuning: Tuning
+    look: Callable[[], None]
+
+    def __call__(self, smaller: nn.Module, whole: nn.Module, size: int) -> Latency:
+        """The latency of batches of `size` samples."""
+        noise = torch.randn(size, *self.suite.model.input)
+        inputs = self.tuning.apply(noise.to(self.device))
+        sides = [
+            self.tuning.convert(copy.deepcopy(model)).to(self.device).requires_grad_(False)
+            for model in (smaller, whole)
+        ]
+        precision = self.suite.recipe.precision
+        forwards = [partial(_forward, side, inputs, precision) for side in sides]
+        return _by_turns(forwards[0], forwards[1], self.device, self.look)
+
+
 @torch.inference_mode()
 def _forward(model: nn.Module, inputs: Tensor, precision: str) -> None:
     with autocast(inputs.device.type, precision):
@@ -181,7 +216,10 @@ def _forward(model: nn.Module, inputs: Tensor, precision: str) -> None:
 
 
 def _by_turns(
-    smaller: Callable[[], None], whole: Callable[[], None], device: torch.device
+    smaller: Callable[[], None],
+    whole: Callable[[], None],
+    device: torch.device,
+    look: Callable[[], None],
 ) -> Latency:
     """Time both, each first every other time, for about SECONDS."""
     sides = [smaller, whole]
@@ -193,6 +231,7 @@ def _by_turns(
         order = [0, 1] if len(pairs) % 2 else [1, 0]
         found = {side: _seconds(sides[side], row, device) for side in order}
         pairs.append((found[0], found[1]))
+        look()
     seconds, dense_seconds = np.array(pairs).T
     low, middle, high = np.percentile(seconds / dense_seconds, [25, 50, 75])
     return Latency(
