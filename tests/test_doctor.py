@@ -15,7 +15,7 @@ def blobs(tmp_path):
     folder = tmp_path / "blobs"
     folder.mkdir()
     blocks = re.findall(r"```(toml|python)\n(.*?)```", README.read_text(), re.DOTALL)
-    (toml,) = [text for kind, text in blocks if kind == "toml"]
+    (toml,) = [text for kind, text in blocks if kind == "toml" and "title" in text]
     (parts,) = [text for kind, text in blocks if kind == "python" and "Images(" in text]
     (folder / "suite.toml").write_text(toml)
     (folder / "parts.py").write_text(parts)

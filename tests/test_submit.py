@@ -143,7 +143,9 @@ def test_what_is_sent(tmp_path):
     assert "suites/cifar10/suite.toml" in sent
     assert {path.partition("/")[0] for path in sent} == {"harness", "neq", "suites", "own"}
     assert not [path for path in sent if path.endswith((".pyc", "large"))]
-    assert sum((staging / path).stat().st_size for path in sent) < 2**20
+    # Text that somebody wrote, and no more of it than there is.
+    assert {Path(path).suffix for path in sent} <= {".py", ".toml", ".md", ".html", ".typed"}
+    assert max((staging / path).stat().st_size for path in sent) < 2**16
     words = ["-m", "harness", "plan", where, "--methods", "neq", "--seeds", "0", *SETTINGS]
     words += ["--set", "model.build=suites.resnet:resnet8", "--set", "model.arguments={}"]
     words += ["--format", "json"]
