@@ -21,7 +21,8 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Eigenvalue:
-    """An eigenvalue of a symmetric matrix, as power iteration has found it.
+    """An eigenvalue of a symmetric matrix, as power iteration has found it: the largest, or one
+    that is less by a few per cent, where others lie that close.
 
     `value`: the Rayleigh quotient of the last vector. `low`, `high`: the same ± its residual's
     norm; there is an eigenvalue in between. `converged`: whether the residual is small enough.
@@ -72,30 +73,32 @@ def top_eigenvalue(
         _plain(model),
     ):
         start = hessian.start(generator or torch.Generator().manual_seed(0))
-        found, length = _iterate(hessian, start, 0.0, iterations, tolerance)
+        found, last, length = _iterate(hessian, start, 0.0, iterations, tolerance)
         if found.value < 0:
-            again, _ = _iterate(hessian, start, length, iterations, tolerance)
-            found = replace(again, iterations=found.iterations + again.iterations)
+            start = start - (start * last).sum() * last  # or it might be found once more
+            if (norm := _norm(start)) > 0:
+                again, *_ = _iterate(hessian, start / norm, length, iterations, tolerance)
+                found = replace(again, iterations=found.iterations + again.iterations)
     return found
 
 
 def _iterate(
     hessian: "_Hessian", vector: Tensor, shift: float, iterations: int, tolerance: float
-) -> tuple[Eigenvalue, float]:
-    """Power iteration with the Hessian plus `shift`; and how long the last product was, which the
-    largest magnitude of an eigenvalue is at least.
+) -> tuple[Eigenvalue, Tensor, float]:
+    """Power iteration with the Hessian plus `shift`; the last vector; and how long the last product
+    was, which the largest magnitude of an eigenvalue is at least.
     """
-    for done in range(1, iterations + 1):  # noqa: B007 — the last one is told
+    for done in range(1, iterations + 1):
         product = hessian.times(vector)
         quotient = float((vector * product).sum(dtype=torch.float64))
         residual = _norm(product - quotient * vector)
         converged = residual <= tolerance * abs(quotient)
-        if converged or not math.isfinite(residual):
+        if converged or not math.isfinite(residual) or done == iterations:
             break
         vector = product + shift * vector
         vector = vector / _norm(vector)
     low, high = quotient - residual, quotient + residual
-    return Eigenvalue(quotient, low, high, converged, done), _norm(product)
+    return Eigenvalue(quotient, low, high, converged, done), vector, _norm(product)
 
 
 def _norm(vector: Tensor) -> float:

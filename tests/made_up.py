@@ -51,6 +51,15 @@ def removal(parameters, latency, **values):
     return row | values
 
 
+def untraced(dead, latency, **values):
+    """A row of a model that could not be traced: it is as it was."""
+    why = "torch-pruning can't trace the model: no graph"
+    nothing = dict.fromkeys(("difference", "difference_float64"))
+    stuck = json.dumps([{"layer": "conv1", "neurons": dead, "reason": why}])
+    counts = {"neurons_dead": dead, "neurons_removed": 0}
+    return removal(DENSE, latency, reason=why, stuck=stuck, **nothing, **counts, **values)
+
+
 def keep(spec, root, metric, *, epochs=2, measures=None, layers=None, removal=None, **flops):
     """The tables of one trial.
 
@@ -120,14 +129,14 @@ def report_of(root):
     return load_report([Store(root, SUITE)])
 
 
-def sizes(left, neurons=60):
+def sizes(left, neurons=60, effective=40):
     """What a pruner records of a model of 1000 parameters and 100 neurons."""
     return {
         "parameters": DENSE,
         "parameters_left": left,
         "neurons": 100,
         "neurons_left": neurons,
-        "forward_flops_effective": 40,
+        "forward_flops_effective": effective,
     }
 
 

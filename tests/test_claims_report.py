@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ TITLES = [
 ]
 
 
-def minimum(method, seed, sharp):
+def minimum(method, seed, sharp, gap):
     """What a suite with [sharpness] and [probe] lets each trial record."""
     value = sharp[method][seed]
     return {
@@ -53,7 +53,7 @@ def minimum(method, seed, sharp):
         "sharpness_low": (value or 15) - 1,
         "sharpness_high": (value or 15) + 1,
         "train_metric": 0.95,
-        "generalisation_gap": GAP.get(method, (0.1, 0.1, 0.1))[seed],
+        "generalisation_gap": gap.get(method, (0.1, 0.1, 0.1))[seed],
         "probe_metric": PROBE.get(method, (0.7, 0.7, 0.7))[seed],
     }
 
@@ -62,16 +62,27 @@ def minimum(method, seed, sharp):
 def kept(tmp_path):
     """The report of these methods, with so many seeds each."""
 
-    def report(methods=METRIC, *settings, seeds=3, asked=True, metric=METRIC, sharp=SHARP, **left):
+    def report(
+        methods=METRIC,
+        *settings,
+        seeds=3,
+        asked=True,
+        sharp=SHARP,
+        gap=GAP,
+        entropy=ENTROPY,
+        overhead=0,
+        **left,
+    ):
         found = trials(",".join(methods), f"0-{seeds - 1}", *settings)
         for (name, seed), spec in found.items():
-            measures, layers = minimum(name, seed, sharp) if asked else {}, {}
+            measures, layers = minimum(name, seed, sharp, gap) if asked else {}, {}
             if name != "baseline":
-                entropy = ENTROPY.get(name, (1.5, 1.5, 1.5))[seed]
-                measures |= sizes(left.get(name.replace("-", "_"), 100)) | {"psp_entropy": entropy}
-                layers = {(n, "psp_entropy"): entropy + 1 for n in ("conv1", "fc")}
-            flops = {"overhead": 30} if name == "gradual" else {}
-            keep(spec, tmp_path, metric[name][seed], measures=measures, layers=layers, **flops)
+                bits = entropy.get(name, (1.5, 1.5, 1.5))[seed]
+                measures |= sizes(left.get(name.replace("-", "_"), 100)) | {"psp_entropy": bits}
+                layers = {(n, "psp_entropy"): bits and bits + 1 for n in ("conv1", "fc")}
+            flops = {"overhead": overhead if name == "gradual" else 0}
+            value = METRIC.get(name, METRIC["one-shot"])[seed]
+            keep(spec, tmp_path, value, measures=measures, layers=layers, **flops)
         return report_of(tmp_path)
 
     return report
@@ -117,7 +128,7 @@ def test_intervals_are_scipy_s_and_verdicts_theirs(kept):
     assert of(found, "sharpness_ratio") == pytest.approx(np.exp(logs))
     assert found.minima.sharpness == pytest.approx(stats.gmean(SHARP["gradual"]))
     assert found.beside.one_shot == "one-shot"
-    assert found.beside.one_shot_cost == pytest.approx(330 / 300)
+    assert (found.beside.one_shot_cost, found.beside.one_shot_size) == (1.0, None)
     assert (found.beside.more_accurate, found.beside.narrower) == ("yes", "yes")
     assert (found.beside.less_specific, found.beside.better_generalising) == ("unclear", "unclear")
     assert found.beside.better_transferring == "no"
@@ -138,8 +149,8 @@ def test_each_claim_has_a_table_with_its_verdict_in_words(kept):
     mean, low, high = (100 * value for value in paired(METRIC["gradual"], METRIC["one-shot"]))
     assert accuracy.notes[0] == (
         "gradual beside one-shot, more accurate as arXiv 2004.14765 has it: yes. "
-        f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}] (n = 3), at equal sparsity and other "
-        "training FLOPs (× 1.10)."
+        f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}] (n = 3), at equal sparsity and equal "
+        "training FLOPs (× 1.00)."
     )
     assert minima.notes[0].startswith(
         "gradual beside one-shot, narrower minima as arXiv 2004.14765 has it: yes. Sharpness × 1.5"
@@ -149,10 +160,16 @@ def test_each_claim_has_a_table_with_its_verdict_in_words(kept):
     assert "of 2 layers gradual pruning's is higher in 2, in 0 with an" in layers.notes[0]
     text = said(report)
     assert (
-        "gradual beside one-shot at equal sparsity and other training FLOPs (× 1.10), as arXiv "
+        "gradual beside one-shot at equal sparsity and equal training FLOPs (× 1.00), as arXiv "
         "2004.14765 has it (n = 3): more accurate: yes ("
     ) in text
     assert "; features that transfer better: no (probe −2.00 points [−2.00, −2.00])." in text
+    (answer,) = [t for t in sections(report)[0].answers if "narrower minima: yes (sharpness" in t]
+    assert "), and so with smaller, a control; a smaller generalisation gap" in answer
+    assert answer.count("a control") == 1
+    assert all(
+        "not corrected for their number either" in " ".join(t.notes) for t in (minima, features)
+    )
 
 
 def test_entropies_by_layer(kept):
@@ -163,6 +180,13 @@ def test_entropies_by_layer(kept):
     assert (first.more, first.more_low, first.more_high) == pytest.approx((mean, low, high))
     assert first.bits_one_shot == pytest.approx(3.1)
     assert first.bits == pytest.approx(3.1 + mean)
+
+
+def test_means_of_layers_are_of_the_seeds_that_are_compared(kept):
+    (table,) = kept(entropy=ENTROPY | {"gradual": (None, 2.0, 2.4)}).groups
+    (first, _) = table.entropies
+    assert (first.n, first.bits, first.bits_one_shot) == (2, 3.2, pytest.approx(3.15))
+    assert first.more == pytest.approx(first.bits - first.bits_one_shot)
 
 
 def test_a_sharpness_that_was_not_found_is_left_out_and_said(kept):
@@ -176,11 +200,82 @@ def test_a_sharpness_that_was_not_found_is_left_out_and_said(kept):
     assert of(row(report, "gradual"), "sharpness_ratio") == pytest.approx(np.exp(logs))
     assert (gradual.sharpness_ratio_n, gradual.narrower) == (2, "unclear")
     text = said(report)
-    assert "one-shot, 1 of 3 seeds: the power iteration did not converge;" in text
+    assert "one-shot, 1 of 3 seeds: the power iteration did not converge, or found" in text
     assert "(n = 2, too few for a verdict)" in text
     (axis,) = next(p for p in pictures(report) if p.name.endswith("-sharpness")).figure.axes
     (line,) = [each for each in axis.lines if each.get_label() == "one-shot"]
-    assert line.get_ydata() == pytest.approx([10.25, 20.5])
+    assert line.get_ydata() == pytest.approx([stats.gmean([10, 10.5]), stats.gmean([20, 21])])
+
+
+def test_a_sharpness_that_is_not_above_zero_has_no_ratio(kept):
+    report = kept(sharp=SHARP | {"one-shot": (20.0, -0.5, 21.0)})
+    one_shot, gradual = row(report, "one-shot"), row(report, "gradual").beside
+    assert (one_shot.minima.sharpness_n, one_shot.minima.sharpness_unknown) == (2, 1)
+    assert one_shot.minima.sharpness == pytest.approx(stats.gmean([20, 21]))
+    assert gradual.sharpness_ratio_n == 2
+    assert "one-shot, 1 of 3 seeds: the power iteration did not converge, or found" in said(report)
+
+
+def test_a_small_sharpness_keeps_its_digits(kept):
+    report = kept(sharp=SHARP | {"one-shot": (0.00123,) * 3, "smaller": (12345.0,) * 3})
+    by_method = {line[0].text: line[2].text for line in shown(report, TITLES[1]).rows}
+    assert (by_method["one-shot"], by_method["smaller"]) == ("0.00123", "12,345")
+    assert by_method["baseline"] == "41.0"
+
+
+GAPS = [((0.01, 0.02, 0.03), "yes"), ((0.11, 0.12, 0.13), "no")]
+
+
+@pytest.mark.parametrize("gradual, verdict", GAPS)
+def test_a_smaller_gap_is_the_paper_s_side(kept, gradual, verdict):
+    gap = {"gradual": gradual, "smaller": (0.02, 0.03, 0.041), "random-pruning": (0.0, 0.05, 0.09)}
+    report = kept(gap=GAP | gap)
+    assert row(report, "gradual").beside.better_generalising == verdict
+    (sentence,) = [t for t in shown(report, TITLES[1]).notes if "smaller generalisation gap" in t]
+    assert f"as arXiv 2004.14765 has it: {verdict}." in sentence
+    assert sentence.endswith("So is it with smaller, a control.") == (verdict == "yes")
+
+
+def test_a_control_of_another_size_is_not_named(kept):
+    report = kept(smaller=300)
+    found = row(report, "smaller").beside
+    assert found.one_shot_size == "parameters left 30.0 % | 10.0 %"
+    assert found.sharpness_ratio == pytest.approx(3.0, rel=1e-3)
+    assert row(report, "gradual").beside.narrower == "yes"
+    assert row(report, "baseline").beside.one_shot_size is None
+    text = said(report)
+    assert "a control" not in text
+    note = "Of another size than one-shot pruning, which Δ compares, too: smaller, parameters left"
+    assert text.count(f"{note} 30.0 % | 10.0 %.") == 3
+
+
+@pytest.mark.parametrize("overhead, told", [(1.5, "yes"), (15, "× 1.05"), (30, "× 1.10")])
+def test_other_training_flops_have_no_verdict(kept, overhead, told):
+    report = kept(overhead=overhead)
+    found = row(report, "gradual").beside
+    assert found.one_shot_cost == pytest.approx(1 + overhead / 300)
+    assert found.metric_more is not None
+    verdicts = {found.more_accurate, found.narrower, found.better_transferring}
+    assert verdicts == ({"yes", "no"} if told == "yes" else {None})
+    text = said(report)
+    assert ("more accurate: yes (" in text) == (told == "yes")
+    why = f"no verdict, training FLOPs differ ({told})"
+    for start in ("more accurate", "narrower minima", "features that transfer better"):
+        assert (f"{start} as arXiv 2004.14765 has it: {why}." in text) == (told != "yes")
+        assert (f"{start}: {why} (" in text) == (told != "yes")
+
+
+def test_several_one_shots_of_a_sparsity_are_refused_in_words(kept):
+    early = "methods.early={kind='one-shot', sparsity=0.9, at=0.1}"
+    methods = ["baseline", "one-shot", "early", "gradual", "random-pruning"]
+    report = kept(methods, early, sharp=SHARP | {"early": (20.0, 21.0, 22.0)})
+    found = row(report, "gradual").beside
+    assert found.metric_more is found.one_shot is found.more_accurate is None
+    assert row(report, "random-pruning").beside.metric_more is None
+    assert shown(report, TITLES[0]).notes[0] == (
+        "gradual is not compared with one-shot pruning: early and one-shot are both of that "
+        "sparsity: run one of them, named by --methods, into results of its own."
+    )
 
 
 UNLIKE = [
@@ -194,11 +289,11 @@ UNLIKE = [
 def test_other_sparsities_are_refused_in_words(kept, settings, left, why):
     report = kept(METRIC, *settings, **left)
     found = row(report, "gradual").beside
-    assert (found.one_shot, found.one_shot_unlike) == ("one-shot", why)
+    assert (found.one_shot, found.one_shot_unlike) == ("one-shot", f"not of equal sparsity ({why})")
     assert found.metric_more is found.more_accurate is found.narrower is None
     assert row(report, "random-pruning").beside.metric_more is not None  # of one-shot's sparsity
     text = said(report)
-    assert f"gradual and one-shot are not of equal sparsity ({why}): they are not compared." in text
+    assert f"gradual is not compared with one-shot: not of equal sparsity ({why})." in text
     assert "gradual beside one-shot" not in text
     assert report.groups[0].entropies == []
 
@@ -215,6 +310,23 @@ def test_of_noise_there_is_no_verdict(kept):
     (found,) = [each.beside for each in rows if each.label == "gradual"]
     assert found.metric_more is not None
     assert found.more_accurate is found.narrower is None
+
+
+@pytest.mark.parametrize("label", ["gradual", "one-shot"])
+def test_where_a_trial_failed_there_is_no_verdict(kept, label):
+    report = kept()
+    (table,) = report.groups
+    rows = [replace(each, failed=int(each.label == label)) for each in table.methods]
+    rows = beside_one_shot(rows, report.done[table.group], noise=False)
+    (found,) = [each.beside for each in rows if each.label == "gradual"]
+    assert found.metric_more is not None
+    assert found.more_accurate is found.narrower is None
+
+
+def test_the_figure_of_entropy(kept):
+    (axis,) = next(p for p in pictures(kept()) if p.name.endswith("-entropy")).figure.axes
+    (line,) = [each for each in axis.lines if each.get_label() == "gradual"]
+    assert line.get_xydata()[-1].tolist() == pytest.approx([1, np.mean(ENTROPY["gradual"])])
 
 
 def test_there_must_be_both(kept):
@@ -253,7 +365,7 @@ def test_it_fits_a_terminal(kept, width):
     lines = console.file.getvalue().splitlines()
     assert all(len(line) <= width for line in lines)
     at = lines.index(TITLES[1])
-    assert ("lies in" in lines[at + 1]) == (width == 160)
+    assert ("eigenvalue in" in lines[at + 1]) == (width == 160)
 
 
 def test_every_form_shows_it(kept):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from test_pruning_methods import narrow
 from torch import nn
+from trials import render, small, toy
 from trials import run as run_trial
-from trials import small, toy
 
 from harness.commands.options import RunOptions
+from harness.report.model import load_report
 from harness.run.executors import Inline
 from harness.run.removals import Removals
 from harness.storage.store import Store
@@ -216,11 +217,12 @@ def test_what_was_trained_elsewhere_is_counted_and_not_timed(tmp_path):
     place = table.schema.get_field_index("cpu")
     pq.write_table(table.set_column(place, table.schema.field(place), [["Another CPU"]]), path)
     (line,) = after([spec], tmp_path)
-    assert line.endswith("; no latency, since it was trained on another machine")
+    assert line.endswith("; no latency, since it was trained on another kind of machine")
     row = rows(tmp_path).loc["random-pruning"]
     assert row["parameters"] < row["parameters_dense"]
     assert pd.isna(row["latency_batch"])
-    assert after([spec], tmp_path) == []
+    (again,) = after([spec], tmp_path)
+    assert again.startswith("removed random-pruning before: 1 trial; no latency")
 
 
 class Priced(nn.Module):
@@ -275,3 +277,36 @@ def test_the_option_goes_with_a_job():
     options = {"suite": "digits", "results": "x", "methods": None, "seeds": None, "settings": None}
     words = RunOptions(**options, synthetic=False, save_shrunk=True).words()
     assert "--save-shrunk" in words
+
+
+def test_what_was_counted_elsewhere_is_timed_at_home(tmp_path):
+    spec = pruned()
+    run_trial(spec, tmp_path)
+    store = Store(tmp_path, "digits-pruning")
+    ((_, row),) = Removals(False).lacking([spec], store)
+    counted = list(Removals(False).count([(spec, row)], str(tmp_path), print))
+    assert len(counted) == 1
+    assert rows(tmp_path)[["trials_on_device", "other_load", "device"]].isna().all(axis=None)
+    assert "latency was not measured" in render(load_report([store]).groups, 200).replace("\n", " ")
+    (line,) = after([spec], tmp_path)
+    assert line.startswith("removed random-pruning")
+    before = rows(tmp_path)
+    assert before["latency_one"].notna().all()
+    list(Removals(False).count([(spec, row)], str(tmp_path), print))
+    pd.testing.assert_frame_equal(rows(tmp_path), before)
+
+
+def test_a_network_that_can_not_be_exported(tmp_path, monkeypatch):
+    spec = pruned()
+    run_trial(spec, tmp_path)
+    with monkeypatch.context() as patch:
+
+        def fails(*_arguments, **_named):
+            raise ValueError("it branches")
+
+        patch.setattr(torch.export, "export", fails)
+        removed, unsaved = after([spec], tmp_path, save=True)
+    assert removed.startswith("removed random-pruning: 1 trial, ")
+    assert unsaved == "not saved: random-pruning (1 trial): ValueError: it branches"
+    assert not list((tmp_path / "digits-pruning").glob("shrunk/*"))
+    assert after([spec], tmp_path) == []

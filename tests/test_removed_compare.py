@@ -14,7 +14,9 @@ PARAMETERS = (300, 310, 320)
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder: a baseline, and gradual pruning with these parameters and latencies."""
+    """A run's folder: a baseline, and gradual pruning with these parameters (None: of that seed
+    nothing is known) and latencies.
+    """
 
     def made(
         name, parameters=PARAMETERS, latencies=LATENCIES, methods="baseline,gradual", **values
@@ -23,7 +25,8 @@ def run(tmp_path):
             measures, row = {}, None
             if method == "gradual":
                 measures = sizes(100)
-                row = removal(parameters[seed], latencies[seed], **values)
+                if parameters[seed] is not None:
+                    row = removal(parameters[seed], latencies[seed], **values)
             keep(spec, tmp_path / name, 0.9 + seed / 100, measures=measures, removal=row)
         return tmp_path / name / SUITE
 
@@ -92,7 +95,27 @@ def test_a_latency_that_can_not_be_compared(run, found, values):
 def test_a_gate_on_what_nothing_has(run, found):
     code, value = found(run("a", methods="baseline"), run("b", methods="baseline"), GATES[0])
     assert code == 1
-    assert value["missed"] == ["parameters>5%: can't be checked (nothing that prunes is in both)"]
+    assert value["missed"] == ["parameters>5%: can't be checked (nothing that prunes is in A or B)"]
+
+
+def test_a_gate_on_what_only_b_has(run, found):
+    code, value = found(run("a", methods="baseline"), run("b"), *GATES)
+    assert code == 1
+    why = "can't be checked (nothing that prunes is in A; gradual is only in B)"
+    assert value["missed"] == [f"{gate}: {why}" for gate in GATES]
+
+
+def test_a_gate_on_seeds_that_b_knows_nothing_of(run, found):
+    b = run("b", (300, None, 320), (0.60, None, None))
+    code, value = found(run("a"), b, *GATES)
+    assert code == 1
+    assert value["missed"] == [
+        f"parameters>5%: {SUITE} gradual: can't be checked (B lacks parameters of seeds 1)",
+        f"forward>5%: {SUITE} gradual: can't be checked (B lacks forward of seeds 1)",
+        f"latency>5%: {SUITE} gradual: can't be checked (B lacks latency of seeds 1, 2)",
+    ]
+    assert changes(value)["latency"]["lacking"] == [1, 2]
+    assert found(b, run("a"), *GATES)[0] == 0  # the other way round B knows more
 
 
 def test_in_words(run, neqbench):
@@ -103,7 +126,11 @@ def test_in_words(run, neqbench):
         line = next(li for li in text.partition("After removal")[2].splitlines() if SUITE in li)
         assert line.count("worse") == 2
         assert line.endswith("same")
-    assert "3 of 6 trials are the same" in text  # of the baseline; the others are larger
+        changed = text.partition("Trials that changed in what removal leaves")[2]
+        assert changed.count("+10.00") == 2  # of seed 0, parameters and FLOPs
+        assert text.count("Trials that changed") == 1
+    same = "3 of 6 trials are the same in metric, savings and what removal leaves."
+    assert same in text  # of the baseline; the others are larger
     assert "6 of 6 trials are the same" in neqbench("compare", a, a).stdout
 
 

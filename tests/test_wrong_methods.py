@@ -49,6 +49,7 @@ WRONG = {
         "Pruner: load_state_dict does not bring back 'kept'",
     ),
     "a column": ([('{"zero_rows": sum', '{"test_loss": sum')], "'test_loss' is a column already"),
+    "a suite's": ([('{"zero_rows": sum', '{"sharpness": sum')], "'sharpness' is what suites ask"),
     "an unknown layer": (
         [('("zero_rows", n)', '("zero_rows", n + ".weight")')],
         "the model has no layer 'conv1.weight'",

@@ -13,7 +13,7 @@ from harness.errors import UserError, one_line, with_origin
 from harness.methods.method import Measures, Method
 from harness.methods.training import Training
 from harness.storage.schema import COLUMNS, IDENTITY
-from harness.suite.config import TrialSpec
+from harness.suite.config import Probe, Sharpness, TrialSpec
 from harness.suite.imports import importing
 from harness.suite.parts import load_part
 
@@ -146,6 +146,7 @@ def measure_rows(name: str, method: Method, layers: Any) -> list[dict[str, Any]]
     by_epoch = (IDENTITY, COLUMNS["epochs"], COLUMNS["measures"])
     taken = {column.name for table in by_epoch for column in table}
     taken -= {column.name for column in COLUMNS["measures"]} - {"layer", "epoch"}
+    of_suites = {*Sharpness.measures, *Probe.measures}
     measures: Measures = method.measures()
     rows = []
     for key, value in measures.items():
@@ -155,6 +156,10 @@ def measure_rows(name: str, method: Method, layers: Any) -> list[dict[str, Any]]
         if measure in taken:
             raise _wrong(
                 name, method, "measures", f"{measure!r} is a column already; choose another name"
+            )
+        if measure in of_suites:
+            raise _wrong(
+                name, method, "measures", f"{measure!r} is what suites ask for; choose another name"
             )
         if layer is not None and layer not in layers:
             raise _wrong(name, method, "measures", f"the model has no layer {layer!r}")

@@ -19,6 +19,12 @@ from harness.report.pruned_parts import BesideOneShot, LayerEntropy, Minima
 
 ONE_SHOT, GRADUAL = "one-shot", "gradual"
 ALIKE = 0.02  # of what is left, by which it may differ at equal sparsity
+SAME = 0.01  # of the FLOPs of a training, by which it may differ and be called equal
+UNEQUAL = "not of equal sparsity"
+SEVERAL = (
+    "{labels} are both of that sparsity: run one of them, named by --methods, into results of its "
+    "own"
+)
 RECORDED, SHARES = MINIMA[:3], MINIMA[3:]
 # By field: what it is made of, how, on which side of no difference the paper has it, in which field
 # the verdict stands.
@@ -33,20 +39,28 @@ CLAIMS: dict[str, tuple[str, Callable[..., Interval | None], str, str]] = {
 
 def minima_of(rows: pd.DataFrame) -> Minima:
     """What kind of minimum these trials (of `per_trial`) of one method have found."""
-    known = rows["sharpness"].dropna()
+    known = _above_zero(rows["sharpness"]).dropna()
     asked = rows[RECORDED].notna().any(axis=1)
-    logs = np.log(known[known > 0])
-    whole = len(logs) == len(known) > 0
     shares = rows[SHARES].astype(float).mean(skipna=False)
     ends = rows["sharpness_low"].min(), rows["sharpness_high"].max()
     return Minima(
-        sharpness=float(np.exp(logs.mean())) if whole else None,
+        sharpness=float(np.exp(np.log(known).mean())) if len(known) else None,
         sharpness_n=len(known) if asked.any() else None,
         sharpness_unknown=int(asked.sum()) - len(known) if asked.any() else None,
         sharpness_from=_known(ends[0]),
         sharpness_to=_known(ends[1]),
         **{str(name): _known(share) for name, share in shares.items()},
     )
+
+
+def _above_zero(sharpness: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Without what has no logarithm, and no ratio."""
+    return sharpness.where(sharpness > 0)
+
+
+def same_cost(ratio: float | None) -> bool:
+    """Whether one training takes as many FLOPs as the other, by their ratio; None: not known."""
+    return ratio is not None and abs(ratio - 1) <= SAME
 
 
 def beside_one_shot(rows: list[MethodRow], done: pd.DataFrame, *, noise: bool) -> list[MethodRow]:
@@ -81,18 +95,21 @@ def _beside(
         if not gradual:
             return BesideOneShot()
         return BesideOneShot(one_shot=one_shots[0].label, one_shot_unlike=_asked(row, one_shots[0]))
-    if not asked and len(fitting) > 1:
-        return BesideOneShot()
+    if len(fitting) > 1:
+        labels = " and ".join(other.label for other in fitting)
+        return BesideOneShot(one_shot_unlike=SEVERAL.format(labels=labels) if gradual else None)
     other = fitting[0]
-    unlike = _left(row, other) if gradual else None
-    if unlike:
-        return BesideOneShot(one_shot=other.label, one_shot_unlike=unlike)
+    size = None if row.plain else _left(row, other)
+    if gradual and size:
+        return BesideOneShot(one_shot=other.label, one_shot_unlike=f"{UNEQUAL} ({size})")
     mine, theirs = (done[done["label"] == label] for label in (row.label, other.label))
-    judged = gradual and not noise and not row.failed and not other.failed
+    cost = _over(row.pruned.training_cost, other.pruned.training_cost)
+    sound = not noise and not row.failed and not other.failed
     return BesideOneShot(
         one_shot=other.label,
-        one_shot_cost=_over(row.pruned.training_cost, other.pruned.training_cost),
-        **_differences(mine, theirs, judged=judged),
+        one_shot_size=size,
+        one_shot_cost=cost,
+        **_differences(mine, theirs, judged=gradual and sound and same_cost(cost)),
     )
 
 
@@ -102,20 +119,24 @@ def _same(row: MethodRow, other: MethodRow) -> bool:
 
 
 def _asked(row: MethodRow, other: MethodRow) -> str:
-    """In what they were asked for another sparsity."""
+    """That they were asked for another sparsity, and in what."""
     parts = [
         f"{name} {row.parameters[name]} | {other.parameters.get(name)}"
         for name in ("sparsity", "units")
         if row.parameters.get(name) != other.parameters.get(name)
     ]
-    return ", ".join(parts)
+    return f"{UNEQUAL} ({', '.join(parts)})"
 
 
 def _left(row: MethodRow, other: MethodRow) -> str | None:
     """In what they have left another share of their units; None: in nothing."""
     units = "neurons" if row.parameters.get("units") == "neurons" else "parameters"
-    shares = [getattr(each.pruned, f"{units}_left_share") for each in (row, other)]
-    if None in shares or math.isclose(*shares, rel_tol=ALIKE):
+    shares = [
+        getattr(each.pruned, f"{units}_left_share") if each.prunes else 1.0 for each in (row, other)
+    ]
+    if None in shares:
+        return f"it is not known how many {units} are left"
+    if math.isclose(*shares, rel_tol=ALIKE):
         return None
     return f"{units} left {' | '.join(f'{100 * share:.1f} %' for share in shares)}"
 
@@ -124,7 +145,7 @@ def _differences(mine: pd.DataFrame, theirs: pd.DataFrame, *, judged: bool) -> d
     """The fields of BesideOneShot that hold intervals and verdicts."""
     fields: dict[str, Any] = {}
     for name, (column, differ, side, verdict) in CLAIMS.items():
-        found = differ(by_seed(mine, column), by_seed(theirs, column))
+        found = differ(*(_by_seed(side, column, differ) for side in (mine, theirs)))
         if found is None:
             continue
         fields |= {
@@ -138,6 +159,11 @@ def _differences(mine: pd.DataFrame, theirs: pd.DataFrame, *, judged: bool) -> d
             answers = {side: "yes", "unclear": "unclear", None: "unclear"}
             fields[verdict] = answers.get(towards, "no")
     return fields
+
+
+def _by_seed(rows: pd.DataFrame, column: str, differ: Callable[..., Any]) -> dict[int, float]:
+    positive = rows.assign(**{column: _above_zero(rows[column])}) if differ is ratio else rows
+    return by_seed(positive, column)
 
 
 def entropies(
@@ -170,6 +196,9 @@ def _by_layer(last: pd.DataFrame, gradual: str, one_shot: str) -> Iterator[Layer
         found = difference(*values)
         if found is None:
             continue
+        if found.paired:
+            seeds = values[0].keys() & values[1].keys()
+            values = [{seed: each[seed] for seed in seeds} for each in values]
         bits = [sum(each.values()) / len(each) for each in values]
         yield LayerEntropy(
             gradual=gradual,

@@ -1,6 +1,7 @@
 """Gradual beside one-shot pruning: a table for each claim, with its verdicts in the notes."""
 
 import math
+from collections.abc import Iterator
 
 from harness.report.beside import GRADUAL, ONE_SHOT
 from harness.report.beside_words import (
@@ -23,17 +24,25 @@ from harness.report.tables import Cell, Column, Table
 from harness.report.words import NONE, percent, points, signed, signed_interval, spread
 
 TITLE = "One-shot against gradual"
-DELTA = "Δ: to {to}, with its 95 % interval over seeds, paired where these match."
+DELTA = (
+    "Δ: to {to}, with its 95 % interval over seeds, paired where these match: further comparisons, "
+    "not corrected for their number either."
+)
+SIZES = "Of another size than one-shot pruning, which Δ compares, too: {labels}."
 COST = "cost: FLOPs of the training, over those of one-shot pruning."
 MINIMA = (
     "sharpness: the largest eigenvalue of the Hessian of the mean loss, on the same training "
-    "samples for all, geometric mean over seeds; lies in: the interval of the power iteration, "
-    "over all seeds. gap: {metric} on these samples less that of the test."
+    "samples for all, geometric mean over seeds; eigenvalue in: in the interval of a seed's power "
+    "iteration there is an eigenvalue, not surely the largest; its ends over all seeds. gap: "
+    "{metric} on these samples less that of the test."
 )
-UNKNOWN = "{labels}: the power iteration did not converge; those seeds have no sharpness."
+UNKNOWN = (
+    "{labels}: the power iteration did not converge, or found nothing above zero; those seeds have "
+    "no sharpness."
+)
 ENTROPY = "entropy: PSP-entropy in bits, high where neurons are not specific to classes."
 PROBE = "probe: test accuracy of a linear probe on the frozen features, on other data."
-UNLIKE = "{gradual} and {one_shot} are not of equal sparsity ({why}): they are not compared."
+UNLIKE = "{gradual} is not compared with {one_shot}: {why}."
 
 
 def beside_tables(table: GroupTable) -> list[Table]:
@@ -82,11 +91,15 @@ def _accuracy(table: GroupTable, rows: list[MethodRow]) -> Table:
         Column("95 %", "pp"),
     ]
     unlike = [
-        UNLIKE.format(gradual=r.label, one_shot=r.beside.one_shot, why=r.beside.one_shot_unlike)
+        UNLIKE.format(
+            gradual=r.label,
+            one_shot=r.beside.one_shot or "one-shot pruning",
+            why=r.beside.one_shot_unlike,
+        )
         for r in rows
         if r.beside.one_shot_unlike
     ]
-    notes = [*unlike, *verdicts(table, (ACCURATE,)), _delta(table), COST]
+    notes = [*unlike, *verdicts(table, (ACCURATE,)), *_delta(table, rows), COST]
     return _made(TITLE, columns, cells, notes)
 
 
@@ -95,8 +108,8 @@ def _minima(table: GroupTable, rows: list[MethodRow]) -> Table:
         [
             Cell(row.label),
             Cell(str(row.n), row.n),
-            _number(row.minima.sharpness),
-            Cell(_lies_in(row)),
+            _number(row.minima.sharpness, digits=3),
+            Cell(_eigenvalue_in(row)),
             _number(row.beside.sharpness_ratio),
             Cell(ratio_range(row)),
             Cell(spread(row.minima.train_metric, None), row.minima.train_metric),
@@ -107,7 +120,7 @@ def _minima(table: GroupTable, rows: list[MethodRow]) -> Table:
     ]
     columns = [
         Column("sharpness"),
-        Column("lies in", wide=True),
+        Column("eigenvalue in", wide=True),
         Column("sharpness", "× one-shot"),
         Column("95 %", "×"),
         Column("train", "%", wide=True),
@@ -121,7 +134,7 @@ def _minima(table: GroupTable, rows: list[MethodRow]) -> Table:
         if row.minima.sharpness_unknown
     ]
     unknown = [UNKNOWN.format(labels="; ".join(lost))] if lost else []
-    notes = [*verdicts(table, (NARROW, GAP)), *unknown, _delta(table)]
+    notes = [*verdicts(table, (NARROW, GAP)), *unknown, *_delta(table, rows)]
     return _made(f"{TITLE}: minima", columns, cells, [*notes, MINIMA.format(metric=table.metric)])
 
 
@@ -142,7 +155,7 @@ def _features(table: GroupTable, rows: list[MethodRow]) -> Table:
     if probed:
         columns += [Column("probe", "%"), Column("Δ", "pp"), Column("95 %", "pp", wide=True)]
     said = [ENTROPY, *([PROBE] if probed else [])]
-    notes = [*verdicts(table, (SPECIFIC, TRANSFER)), _delta(table), *said]
+    notes = [*verdicts(table, (SPECIFIC, TRANSFER)), *_delta(table, rows), *said]
     return _made(f"{TITLE}: features", columns, cells, notes)
 
 
@@ -184,10 +197,14 @@ def _layers(found: list[LayerEntropy]) -> Table:
     return Table(title=f"{TITLE}: entropy by layer", columns=columns, rows=rows, notes=[note])
 
 
-def _delta(table: GroupTable) -> str:
+def _delta(table: GroupTable, rows: list[MethodRow]) -> Iterator[str]:
+    """What Δ is to; and of which of the `rows` it is of another size."""
     others = dict.fromkeys(row.beside.one_shot for row in table.methods if row.beside.one_shot)
     to = next(iter(others)) if len(others) == 1 else "one-shot pruning of the same sparsity"
-    return DELTA.format(to=to)
+    yield DELTA.format(to=to)
+    sizes = [f"{r.label}, {r.beside.one_shot_size}" for r in rows if r.beside.one_shot_size]
+    if sizes:
+        yield SIZES.format(labels="; ".join(sizes))
 
 
 def _points_cells(row: MethodRow, name: str) -> list[Cell]:
@@ -196,17 +213,19 @@ def _points_cells(row: MethodRow, name: str) -> list[Cell]:
     return [Cell(signed(mean), mean), Cell(signed_interval(low, high), low)]
 
 
-def _lies_in(row: MethodRow) -> str:
+def _eigenvalue_in(row: MethodRow) -> str:
     low, high = row.minima.sharpness_from, row.minima.sharpness_to
     if low is None or high is None:
         return NONE
     return f"[{low:.3g}, {high:.3g}]".replace("-", "−")
 
 
-def _number(value: float | None) -> Cell:
+def _number(value: float | None, digits: int | None = None) -> Cell:
+    """With two decimals, or as many significant `digits`."""
     if value is None:
         return Cell(NONE)
-    return Cell(f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}", value)
+    small = f"{value:.2f}" if digits is None else f"{value:#.{digits}g}".replace("-", "−")
+    return Cell(small if abs(value) < 100 else f"{value:,.0f}", value)
 
 
 def _or_nan(value: float | None) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from harness.report.beside import CLAIMS, GRADUAL
+from harness.report.beside import CLAIMS, GRADUAL, same_cost
 from harness.report.grouped import MOST
 from harness.report.intervals import FEWEST
 from harness.report.method_row import MethodRow
@@ -13,7 +13,6 @@ from harness.report.words import NONE, points, signed, signed_interval
 from harness.suite.method_specs import kind_of
 
 PAPER = "arXiv 2004.14765"
-SAME = 0.01  # of the FLOPs of a training, by which it may differ and be called equal
 NO_VERDICT = "no verdict, {why}"
 
 
@@ -51,7 +50,8 @@ ALL = (ACCURATE, NARROW, GAP, SPECIFIC, TRANSFER)
 
 def held_against_one_shot(table: GroupTable) -> bool:
     """Whether the group has one-shot and gradual pruning, and so these tables."""
-    return any(row.beside.one_shot for row in table.methods)
+    besides = [row.beside for row in table.methods]
+    return any(beside.one_shot or beside.one_shot_unlike for beside in besides)
 
 
 def verdicts(table: GroupTable, claims: tuple[Claim, ...]) -> Iterator[str]:
@@ -72,16 +72,21 @@ def _sentence(row: MethodRow, claim: Claim, table: GroupTable) -> str:
     start = f"{row.label} beside {beside.one_shot}, {claim.says} as {PAPER} has it"
     n = getattr(beside, f"{claim.field}_n")
     few = ", too few for a verdict" if n < FEWEST else ""
-    alike = _controls(row, claim, table)
-    also = f" So is it with {', '.join(alike)}, a control." if len(alike) == 1 else ""
-    also = f" So is it with the controls {', '.join(alike)}." if len(alike) > 1 else also
+    alike = _with_controls(row, claim, table)
+    also = f" So is it {alike}." if alike else ""
     cost = f", {_cost(beside.one_shot_cost)}" if claim is ACCURATE else ""
     return f"{start}: {_verdict(row, claim)}. {_change(row, claim)} (n = {n}{few}){cost}.{also}"
 
 
 def _verdict(row: MethodRow, claim: Claim) -> str:
     found: str | None = getattr(row.beside, claim.verdict)
-    return found or NO_VERDICT.format(why=row.withheld or "trials failed or were of noise")
+    cost = row.beside.one_shot_cost
+    if found:
+        return found
+    if same_cost(cost):
+        return NO_VERDICT.format(why=row.withheld or "trials failed or were of noise")
+    why = "are not known" if cost is None else f"differ (× {cost:.2f})"
+    return NO_VERDICT.format(why=f"training FLOPs {why}")
 
 
 def _change(row: MethodRow, claim: Claim) -> str:
@@ -102,12 +107,22 @@ def _range(row: MethodRow, claim: Claim) -> str:
 def _cost(ratio: float | None) -> str:
     if ratio is None:
         return "at equal sparsity"
-    equal = "equal" if abs(ratio - 1) <= SAME else "other"
+    equal = "equal" if same_cost(ratio) else "other"
     return f"at equal sparsity and {equal} training FLOPs (× {ratio:.2f})"
 
 
+def _with_controls(row: MethodRow, claim: Claim, table: GroupTable) -> str:
+    """The controls that do as well: "with smaller, a control"; empty: there is none."""
+    alike = _controls(row, claim, table)
+    if len(alike) > 1:
+        return f"with the controls {', '.join(alike)}"
+    return f"with {alike[0]}, a control" if alike else ""
+
+
 def _controls(row: MethodRow, claim: Claim, table: GroupTable) -> list[str]:
-    """The controls that differ from the same one-shot pruning as clearly, where gradual does."""
+    """The controls of one-shot pruning's size that differ from it as clearly, where gradual
+    does.
+    """
     if getattr(row.beside, claim.verdict) != "yes":
         return []
     neutral = 1.0 if claim is NARROW else 0.0
@@ -123,6 +138,7 @@ def _controls(row: MethodRow, claim: Claim, table: GroupTable) -> list[str]:
         other.label
         for other in table.methods
         if other.beside.one_shot == row.beside.one_shot
+        and not other.beside.one_shot_size
         and not other.plain
         and not kind_of(other.parameters).in_question
         and clearly(other.beside)
@@ -144,7 +160,9 @@ def _answer(row: MethodRow, table: GroupTable) -> str:
             change, n = _change(row, claim), getattr(row.beside, f"{claim.field}_n")
             of = "" if n == seeds else f", n = {n}"
             change = f"{change[:1].lower()}{change[1:]}{of}"
-            parts.append(f"{claim.says}: {_verdict(row, claim)} ({change})")
+            alike = _with_controls(row, claim, table)
+            also = f", and so {alike}" if alike else ""
+            parts.append(f"{claim.says}: {_verdict(row, claim)} ({change}){also}")
     n = f"n = {seeds}{', too few for a verdict' if seeds < FEWEST else ''}"
     return (
         f"{row.label} beside {row.beside.one_shot} {_cost(row.beside.one_shot_cost)}, as {PAPER} "

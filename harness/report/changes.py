@@ -12,7 +12,7 @@ from harness.report.terminal import print_table
 from harness.report.words import NONE, points, spread
 
 LISTED = 30  # trials, at the most
-COUNTED = ("metric", "saved", "parameters", "forward")  # what no clock tells
+COUNTED, SIZES = ("metric", "saved"), ("parameters", "forward")  # what no clock tells
 NOTE = (
     "B minus A: metric and saved in percentage points, seconds in per cent; means over seeds with "
     "95 % intervals, paired by seed where seeds match. better, worse: the interval leaves zero "
@@ -41,28 +41,36 @@ def print_comparison(found: RunComparison, console: Console) -> None:
 
 def _tables(found: RunComparison) -> Iterator[Table]:
     metrics = " | ".join(dict.fromkeys(found.metrics.values()))
-    changed = [t for t in found.trials if any(c.mark != "same" for c in _counted(t))]
-    same = len(found.trials) - len(changed)
-    notes = [f"{same} of {len(found.trials)} trials are the same in metric and savings."]
+    changed, resized = ([t for t in found.trials if _changed(t, of)] for of in (COUNTED, SIZES))
+    same = len(found.trials) - len([t for t in found.trials if _changed(t, COUNTED + SIZES)])
+    sized = any(change.quantity in SIZES for trial in found.trials for change in trial.changes)
+    what = "metric, savings and what removal leaves" if sized else "metric and savings"
+    notes = [f"{same} of {len(found.trials)} trials are the same in {what}."]
     comparable = [method for method in found.methods if not method.why]
     if comparable:
         yield _changes("Methods", metrics, comparable, [NOTE, *notes])
     removed = [m for m in comparable if any(c.quantity in REMOVED for c in m.changes)]
     if removed:
-        yield _removed(removed)
+        yield _removed("After removal", removed, [AFTER])
     others = [method for method in found.methods if method.why]
     if others:
         rows = [[Cell(_name(m)), Cell(m.why)] for m in others]
         columns = [Column("method", text=True), Column("why", text=True)]
         yield Table(title="Not comparable", columns=columns, rows=rows)
     if changed:
-        more = len(changed) - LISTED
-        notes = [f"And {more} more (--format json has all)."] if more > 0 else []
-        yield _changes("Trials that changed", metrics, changed[:LISTED], notes)
+        yield _changes("Trials that changed", metrics, changed[:LISTED], _more(changed))
+    if resized:
+        title = "Trials that changed in what removal leaves"
+        yield _removed(title, resized[:LISTED], _more(resized))
 
 
-def _counted(trial: Compared) -> list[Change]:
-    return [change for change in trial.changes if change.quantity in COUNTED]
+def _changed(trial: Compared, quantities: tuple[str, ...]) -> bool:
+    return any(c.mark != "same" for c in trial.changes if c.quantity in quantities)
+
+
+def _more(trials: list[Compared]) -> list[str]:
+    more = len(trials) - LISTED
+    return [f"And {more} more (--format json has all)."] if more > 0 else []
 
 
 def _changes(title: str, metric: str, compared: list[Compared], notes: list[str]) -> Table:
@@ -100,7 +108,7 @@ def _row(compared: Compared) -> list[Cell]:
     ]
 
 
-def _removed(compared: list[Compared]) -> Table:
+def _removed(title: str, compared: list[Compared], notes: list[str]) -> Table:
     columns = [Column("method", text=True)]
     for quantity in REMOVED:
         columns += [
@@ -114,7 +122,7 @@ def _removed(compared: list[Compared]) -> Table:
         found = [by.get(quantity) for quantity in REMOVED]
         cells = [[_size(change), Cell(_range(change)), _mark(change)] for change in found]
         rows.append([Cell(_name(each)), *(cell for part in cells for cell in part)])
-    return Table(title="After removal", columns=columns, rows=rows, notes=[AFTER])
+    return Table(title=title, columns=columns, rows=rows, notes=notes)
 
 
 def _name(compared: Compared) -> str:

@@ -29,7 +29,8 @@ class Change:
     `change` is in percentage points, of `seconds`, `memory` and `energy` in per cent, and has the
     95 % interval of the mean over seeds; in per cent, too, what is left after removal:
     `parameters`, `forward` (FLOPs) and `latency` (of a batch, over the dense model's). `mark`:
-    "same" (equal in every pair), "better", "worse" or "unclear".
+    "same" (equal in every pair), "better", "worse" or "unclear". `lacking`: seeds of which it is
+    known in A, and not in B.
     """
 
     quantity: str
@@ -40,6 +41,7 @@ class Change:
     high: float | None
     n: int
     mark: str
+    lacking: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +212,7 @@ def _compared(
         "point": part.point,
         "method": part.method,
         "new": first is None and new,
-        "prunes": part.prunes,
+        "prunes": any(side is not None and side.prunes for side in (first, second)),
     }
     if first is None or second is None:
         why = f"only in {names[0] if second is None else names[1]}"
@@ -268,7 +270,7 @@ def _change(before: dict[int, float], after: dict[int, float], quantity: str) ->
     found = (ratio if relative else difference)(after, before)
     if found is None:
         return None
-    scaled = _scaled(found, relative=relative)
+    scaled, lacking = _scaled(found, relative=relative), sorted(before.keys() - after.keys())
     if found.paired:
         seeds = before.keys() & after.keys()
         before, after = ({s: side[s] for s in seeds} for side in (before, after))
@@ -281,6 +283,7 @@ def _change(before: dict[int, float], after: dict[int, float], quantity: str) ->
         high=scaled.high,
         n=found.n,
         mark="same" if before == after else _mark(scaled, quantity),
+        lacking=lacking,
     )
 
 

@@ -61,9 +61,9 @@ def missed(bounds: list[Gate], methods: "list[Compared]") -> list[str]:
     if all(method.new for method in methods):
         return [f"{gate.text}: can't be checked (A has no finished trial)" for gate in bounds]
     found = [
-        f"{gate.text}: can't be checked (nothing that prunes is in both)"
+        f"{gate.text}: can't be checked ({_no_pruner(methods)})"
         for gate in bounds
-        if gate.quantity in REMOVED and not any(method.prunes for method in methods)
+        if gate.quantity in REMOVED and not any(m.prunes and not m.new for m in methods)
     ]
     for gate, method in product(bounds, methods):
         if gate.quantity in REMOVED and not method.prunes:
@@ -73,12 +73,27 @@ def missed(bounds: list[Gate], methods: "list[Compared]") -> list[str]:
         if method.new:
             continue
         if method.lacking:
-            listed = ", ".join(map(str, method.lacking))
-            found.append(f"{gate.text}: {where}: can't be checked (B lacks seeds {listed})")
+            why = f"B lacks seeds {_listed(method.lacking)}"
+            found.append(f"{gate.text}: {where}: can't be checked ({why})")
         elif change is None or change.change is None:
             why = "not comparable" if method.why else f"no {gate.quantity} to compare"
+            found.append(f"{gate.text}: {where}: can't be checked ({why})")
+        elif change.lacking:
+            why = f"B lacks {gate.quantity} of seeds {_listed(change.lacking)}"
             found.append(f"{gate.text}: {where}: can't be checked ({why})")
         elif gate.missed(round(change.change, 9)):
             unit = "pp" if gate.quantity in POINTS else "%"
             found.append(f"{gate.text}: {where}: {change.change:+.2f} {unit}")
     return found
+
+
+def _no_pruner(methods: "list[Compared]") -> str:
+    """Who has nothing that prunes."""
+    new = [method.method for method in methods if method.prunes]
+    if new:
+        return f"nothing that prunes is in A; {', '.join(new)} is only in B"
+    return "nothing that prunes is in A or B"
+
+
+def _listed(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))

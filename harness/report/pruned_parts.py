@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 class StuckRow:
     """Dead neurons of `layer` that could not be removed: how many in a seed, and why.
 
-    `neurons`: mean over all seeds; `seeds`: in how many of them there were any.
+    `neurons`: mean over all seeds; `seeds`: in how many of them there were any, `reason_seeds`: in
+    how many for that reason, in whatever layer.
     """
 
     layer: str
     neurons: float
     reason: str
     seeds: int
+    reason_seeds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class Removed:
     its parameters, of the FLOPs of its forward, and of the bytes of its file. `neurons_dead` have
     no weight, `neurons_stuck` of these stay, as `stuck` tells; `neurons_removed` are all that
     went. Differences: the largest of all seeds between outputs before and after.
-    `removed_reason`: why nothing was removed, in all seeds or some.
+    `removed_nothing_n`: seeds in which nothing was removed; `removed_reason`: why not.
 
     Latencies are those of the removed over the dense model, for one sample and for
     `latency_batch_size`: geometric means over `latency_n` seeds with their 95 % intervals, of a
@@ -36,6 +38,7 @@ class Removed:
     """
 
     removed_n: int | None = None
+    removed_nothing_n: int | None = None
     removed_reason: str | None = None
     removed_parameters_share: float | None = None
     removed_forward_share: float | None = None
@@ -66,9 +69,10 @@ class Minima:
 
     Means over seeds; None: it is not known. `sharpness`: the largest eigenvalue of the loss's
     Hessian, geometric mean over `sharpness_n` seeds; `sharpness_unknown`: seeds in which the power
-    iteration did not converge; `sharpness_from`, `sharpness_to`: the least and the greatest end of
-    the intervals of all seeds. Shares: `train_metric` on the samples of the Hessian,
-    `generalisation_gap` that less the test's, `probe_metric` of a linear probe on other data.
+    iteration did not converge, or found none above zero; `sharpness_from`, `sharpness_to`: the
+    least and the greatest end of the intervals of all seeds. Shares: `train_metric` on the samples
+    of the Hessian, `generalisation_gap` that less the test's, `probe_metric` of a linear probe on
+    other data.
     """
 
     sharpness: float | None = None
@@ -86,17 +90,20 @@ class BesideOneShot:
     """A method beside one-shot pruning, where the group has that and gradual pruning.
 
     `one_shot`: the method that it is held against, by its label; `one_shot_unlike`: why it can't
-    be. `one_shot_cost`: FLOPs of the method's training over those of one-shot pruning. Differences
+    be; `one_shot_size`: how much else than that it leaves, where it is no gradual pruning.
+    `one_shot_cost`: FLOPs of the method's training over those of one-shot pruning. Differences
     `…_more` (of the metric, the generalisation gap and the probe's metric in shares, of the
     entropy in bits) and `sharpness_ratio` have 95 % intervals over `…_n` seeds.
 
     Of gradual pruning, what arXiv 2004.14765 found: that it is `more_accurate`, its minima
     `narrower` and `better_generalising`, its features `less_specific` to classes, and
-    `better_transferring`: "yes", "no" or "unclear"; None where that can't be told.
+    `better_transferring`: "yes", "no" or "unclear"; None where that can't be told, or trainings
+    took other FLOPs.
     """
 
     one_shot: str | None = None
     one_shot_unlike: str | None = None
+    one_shot_size: str | None = None
     one_shot_cost: float | None = None
     metric_more: float | None = None
     metric_more_low: float | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
@@ -85,13 +86,18 @@ def _course(
 ) -> Picture:
     figure = Figure(figsize=(WIDTH, 3.4))
     axis: Any = figure.subplots()
-    spread = rows.groupby(["label", "epoch"])["value"].agg(["mean", "min", "max"])
+    rows = rows.assign(middle=np.log(rows["value"]) if log else rows["value"])
+    spread = rows.groupby(["label", "epoch"]).agg(
+        middle=("middle", "mean"), min=("value", "min"), max=("value", "max")
+    )
+    if log:
+        spread["middle"] = np.exp(spread["middle"])
     labels = [label for label in looks if label in spread.index.get_level_values("label")]
     for label in labels:
         course, look = spread.loc[label], looks[label]
         marker = look.marker if len(course) <= 1 or log else None
         style = {"color": look.colour, "linestyle": look.line, "marker": marker, "markersize": 4}
-        axis.plot(course.index, course["mean"], label=label, **style)
+        axis.plot(course.index, course["middle"], label=label, **style)
         if len(labels) <= BANDS:
             low, high = course["min"], course["max"]
             axis.fill_between(course.index, low, high, color=look.colour, alpha=0.12)
@@ -106,4 +112,5 @@ def _course(
     axis.set_ylabel(title)
     legend(figure, axis)
     bands = ", bands from the lowest to the highest" if len(labels) <= BANDS else ""
-    return of.picture(kind, f"{what}, by epoch; means over seeds{bands}.", figure)
+    means = "geometric means" if log else "means"
+    return of.picture(kind, f"{what}, by epoch; {means} over seeds{bands}.", figure)

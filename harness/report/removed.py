@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,10 +12,12 @@ import pandas as pd
 from harness.report.intervals import Interval, direction, ratio
 from harness.report.per_trial import by_seed, timing_withheld
 from harness.report.pruned_parts import Removed, StuckRow
+from harness.report.words import counted
 
 FASTER = {"below": "less", "above": "more", "unclear": "unclear"}
 SIZES = ("parameters", "forward_flops", "file_bytes")
 SEVERAL = "it was measured on different devices"
+AMOUNT = re.compile(r" by (?:\d[\d.e+-]*|inf|nan)\b")  # in a reason, of which each seed has its own
 AFTER = {  # what `compare` holds against each other, by its column here
     "removed_parameters": "parameters",
     "removed_forward": "forward_flops",
@@ -29,14 +33,15 @@ def removed_of(rows: pd.DataFrame, removals: pd.DataFrame) -> Removed:
     mine = _of_trials(rows, removals)
     if mine.empty:
         return Removed()
-    reasons = [text for text in mine["reason"] if isinstance(text, str)]
+    reasons = [_alike(text) for text in mine["reason"] if isinstance(text, str)]
     shares = {name: mine[name].astype(float) / mine[f"{name}_dense"] for name in SIZES}
     parameters, forward, file = (_mean(share) for share in shares.values())
     stuck = stuck_rows(mine["stuck"], len(mine))
     dead = _mean(mine["neurons_dead"])
     return Removed(
         removed_n=len(mine),
-        removed_reason="; ".join(dict.fromkeys(reasons)) or None,
+        removed_nothing_n=len(reasons),
+        removed_reason=_told(reasons),
         removed_parameters_share=parameters,
         removed_forward_share=forward,
         removed_file_share=file,
@@ -67,15 +72,37 @@ def with_removals(done: pd.DataFrame, removals: pd.DataFrame) -> pd.DataFrame:
 
 def stuck_rows(texts: Iterable[Any], n: int) -> list[StuckRow]:
     """What could not be removed, by layer and reason, of the JSON of `n` seeds."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for text in texts:
+    found: dict[tuple[str, str], Counter[int]] = {}
+    for seed, text in enumerate(texts):
         for one in json.loads(text) if isinstance(text, str) else []:
-            key = str(one["layer"]), str(one["reason"])
-            found.setdefault(key, []).append(int(one["neurons"]))
+            key = str(one["layer"]), _alike(str(one["reason"]))
+            found.setdefault(key, Counter())[seed] += int(one["neurons"])
+    seeds: dict[str, set[int]] = {}
+    for (_, reason), counts in found.items():
+        seeds.setdefault(reason, set()).update(counts)
     return [
-        StuckRow(layer=layer, neurons=sum(counts) / n, reason=reason, seeds=len(counts))
+        StuckRow(
+            layer=layer,
+            neurons=counts.total() / n,
+            reason=reason,
+            seeds=len(counts),
+            reason_seeds=len(seeds[reason]),
+        )
         for (layer, reason), counts in found.items()
     ]
+
+
+def _alike(reason: str) -> str:
+    """A reason without the amount that it names, which tells seeds apart that are alike."""
+    return AMOUNT.sub("", reason)
+
+
+def _told(reasons: list[str]) -> str | None:
+    """All of them; where they are several, in how many seeds each holds."""
+    counts = Counter(reasons)
+    if len(counts) == 1:
+        return reasons[0]
+    return "; ".join(f"{reason} ({counted(n, 'seed')})" for reason, n in counts.items()) or None
 
 
 def _of_trials(rows: pd.DataFrame, removals: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from harness.report.method_row import MethodRow
 from harness.report.model import GroupTable
-from harness.report.pruned_parts import Removed
+from harness.report.pruned_parts import Removed, StuckRow
 from harness.report.tables import TONES, Cell, Column, Table
 from harness.report.words import NONE, counted, percent
 
@@ -23,19 +23,20 @@ LATENCY = (
 PROOF = "Outputs before and after differ by {single} at the most, in float64 by {double}."
 BUSY = "† {why}: latency is no measurement, and is not shown."
 FEWER = "{label}: latency of {n} of {of} seeds."
-NOTHING = "{labels}: nothing was removed: {reason}."
+ELSEWHERE = "latency was not measured: trained on another kind of machine"
+NOTHING = "{labels}: nothing was removed{where}: {reason}."
 STAYS = "Can't be removed, {reason}: {where}."
 LACKS = (
-    "{labels}: of some trials it is not known what can be removed; run the suite again with "
-    "`pip install 'neqbench[pruning]'`."
+    "{labels}: of some trials it is not known what can be removed; run the suite again: it says "
+    "why (removal needs `pip install 'neqbench[pruning]'`)."
 )
-ZEROS = (
-    "Fewer parameters are hardly fewer FLOPs here: single zeros are computed like any other "
-    "number, only whole neurons go."
-)
-SLOW = "Fewer FLOPs are no less time on this device."
+AS_MANY = "Fewer parameters are hardly fewer FLOPs here: {why}."
+ZEROS = "single zeros are computed like any other number, only whole neurons go"
+DEAD = "dead neurons stay"
+SLOW = "Fewer FLOPs are {how} less time on this device."
 REASONS, LAYERS = 6, 3  # lines, and layers of each, that notes name
 FEW, MOST = 0.9, 0.97  # of the dense model: what is well below it, and what is hardly
+NEAR = 0.03  # of the dense forward: by which removal may miss what whole neurons hold
 
 
 def removed(table: GroupTable) -> Table:
@@ -100,6 +101,9 @@ def _on_latency(rows: list[MethodRow], batch: str) -> Iterator[str]:
         n, of = row.removed.latency_n, row.removed.removed_n
         if n is not None and of is not None and n < of:
             yield FEWER.format(label=row.label, n=n, of=of)
+    elsewhere = [row.label for row in rows if row.removed.latency_n is None]
+    if elsewhere:
+        yield f"{', '.join(elsewhere)}: {ELSEWHERE}."
 
 
 def _proof(rows: list[MethodRow]) -> Iterator[str]:
@@ -113,15 +117,16 @@ def _proof(rows: list[MethodRow]) -> Iterator[str]:
 
 def _left_out(rows: list[MethodRow], table: GroupTable) -> Iterator[str]:
     """What was not removed, and why; and of what that is not known."""
-    nothing: dict[str, list[str]] = {}
+    nothing: dict[tuple[str, str], list[str]] = {}
     places: dict[str, list[str]] = {}
     for row in rows:
         if row.removed.removed_reason:
-            nothing.setdefault(row.removed.removed_reason, []).append(row.label)
+            why = _in_some(row.removed.removed_nothing_n, row.removed), row.removed.removed_reason
+            nothing.setdefault(why, []).append(row.label)
         for reason, text in _stuck(row.removed).items():
             places.setdefault(reason, []).append(f"{row.label} {text}")
-    for reason, labels in nothing.items():
-        yield NOTHING.format(labels=", ".join(labels), reason=reason)
+    for (seeds, reason), labels in nothing.items():
+        yield NOTHING.format(labels=", ".join(labels), where=seeds, reason=reason)
     listed = list(places.items())
     for reason, where in listed[:REASONS]:
         yield STAYS.format(reason=reason, where="; ".join(where))
@@ -133,37 +138,70 @@ def _left_out(rows: list[MethodRow], table: GroupTable) -> Iterator[str]:
 
 
 def _stuck(found: Removed) -> dict[str, str]:
-    """By reason, how many neurons stay, and in which layers."""
-    by_reason: dict[str, dict[str, float]] = {}
-    for row in found.stuck:
-        layers = by_reason.setdefault(row.reason, {})
-        layers[row.layer] = layers.get(row.layer, 0.0) + row.neurons
+    """By reason, how many neurons stay, in which layers, and in how many seeds."""
     told = {}
-    for reason, layers in by_reason.items():
-        some = ", ".join(list(layers)[:LAYERS])
-        more = f" and {len(layers) - LAYERS} more" if len(layers) > LAYERS else ""
-        told[reason] = f"{_neurons(math.fsum(layers.values()))} ({some}{more})"
+    for reason, rows in _by_reason(found).items():
+        some = ", ".join(row.layer for row in rows[:LAYERS])
+        more = f" and {len(rows) - LAYERS} more" if len(rows) > LAYERS else ""
+        seeds = _in_some(rows[0].reason_seeds, found)
+        told[reason] = f"{_neurons(_sum(rows))} ({some}{more}{seeds and f';{seeds}'})"
     return told
+
+
+def _by_reason(found: Removed) -> dict[str, list[StuckRow]]:
+    """What stays, but for what is said to be why nothing was removed."""
+    by_reason: dict[str, list[StuckRow]] = {}
+    for row in found.stuck:
+        if row.reason not in (found.removed_reason or ""):
+            by_reason.setdefault(row.reason, []).append(row)
+    return by_reason
+
+
+def _sum(rows: list[StuckRow]) -> float:
+    return math.fsum(row.neurons for row in rows)
+
+
+def _in_some(seeds: int | None, found: Removed) -> str:
+    """ " in 1 of 3 seeds"; empty where it is all of them."""
+    return "" if seeds == found.removed_n else f" in {seeds} of {found.removed_n} seeds"
+
+
+def _all_whole(found: Removed) -> bool:
+    """Whether nothing was removed in any seed."""
+    return bool(found.removed_n) and found.removed_nothing_n == found.removed_n
 
 
 def removed_answer(row: MethodRow) -> str:
     """What is left of a method's model and its latency, in a few sentences; empty: not known."""
     found = row.removed
-    forward, parameters = found.removed_forward_share, found.removed_parameters_share
-    if found.removed_reason and not found.neurons_removed:
-        said = f"Nothing of it can be removed: {found.removed_reason}."
-    elif forward is None:
+    if _all_whole(found):
+        said = [f"Nothing of it can be removed: {found.removed_reason}."]
+    elif found.removed_forward_share is None:
         return ""
     else:
-        of = "" if parameters is None else f"{percent(parameters)} % of the parameters and "
-        has = f"Removed for real, it has {of}{percent(forward)} % of the forward's FLOPs"
-        said = f"{has}{_takes(found)}{_agrees(found)}."
-    return " ".join(part for part in (said, _no_faster(row), *_stays(found)) if part)
+        said = [f"{_has(found)}{_takes(found)}{_agrees(found)}."]
+        if found.removed_reason:
+            seeds = _in_some(found.removed_nothing_n, found)
+            said.append(f"Nothing was removed{seeds}: {found.removed_reason}.")
+    return " ".join(part for part in (*said, _no_faster(row), *_stays(found)) if part)
+
+
+def _has(found: Removed) -> str:
+    forward, parameters = found.removed_forward_share, found.removed_parameters_share
+    of = "" if parameters is None else f"{percent(parameters)} % of the parameters and "
+    flops = f"{percent(forward or math.nan)} % of the forward's FLOPs (n = {found.removed_n})"
+    return f"Removed for real, it has {'on average ' * _averaged(found)}{of}{flops}"
+
+
+def _averaged(found: Removed) -> bool:
+    return (found.removed_n or 0) > 1
 
 
 def _takes(found: Removed) -> str:
     if found.latency_withheld:
         return f", whose time was not measured: {found.latency_withheld}"
+    if found.latency_n is None:
+        return f"; {ELSEWHERE}"
     if found.latency_batch is None:
         return ""
     ends = _ends(found, "latency_batch")
@@ -182,35 +220,51 @@ def _agrees(found: Removed) -> str:
 
 def _no_faster(row: MethodRow) -> str:
     """Why it is no faster although parameters are gone; empty: it is faster, or has them all."""
-    found = row.removed
-    forward, left = found.removed_forward_share or 1.0, row.pruned.parameters_left_share
+    found, left = row.removed, row.pruned.parameters_left_share
+    forward, latency = found.removed_forward_share or 1.0, found.latency_batch
     ends = _ends(found, "latency_batch")
-    timed = found.latency_batch is not None
-    faster = timed and (found.latency_batch or 1.0) < MOST and (ends is None or ends[1] < 1)
+    faster = latency is not None and latency < MOST and (ends is None or ends[1] < 1)
     if faster or left is None or left > FEW:
         return ""
-    if forward > FEW:  # of dead neurons that stay another sentence says why
-        return "" if found.neurons_stuck else ZEROS
-    return SLOW if timed else ""
+    if forward > FEW:
+        why = "; and ".join(_why_as_many(row, forward))
+        return AS_MANY.format(why=why) if why else ""
+    if latency is None:
+        return ""
+    how = "no" if latency >= 1 else "hardly" if latency >= MOST else "not clearly"
+    return SLOW.format(how=how)
 
 
-def _stays(found: Removed) -> list[str]:
-    stay = found.neurons_stuck
-    if not stay or not found.stuck:
-        return []
-    sums: dict[str, float] = {}
-    for row in found.stuck:
-        sums[row.reason] = sums.get(row.reason, 0.0) + row.neurons
-    reason = max(sums, key=lambda text: sums[text])
-    most = "; most of them" if len(sums) > 1 else ""
-    what = "dead neuron" if _neurons(stay) == "1" else "dead neurons"
-    return [f"{_neurons(stay)} {what} can't be removed{most}: {reason}."]
+def _why_as_many(row: MethodRow, forward: float) -> Iterator[str]:
+    """Why most FLOPs of the forward are left: rows and columns that still hold a weight take
+    them, or dead ones that stay.
+    """
+    effective, stay = row.pruned.forward_effective_share, row.removed.neurons_stuck
+    near = forward - effective <= NEAR if effective is not None else not stay
+    if near or (effective or 0.0) > FEW:
+        yield ZEROS
+    if stay and not near:  # another sentence says why
+        yield DEAD
+
+
+def _stays(found: Removed) -> Iterator[str]:
+    """What stays although it is dead, unless that has been said."""
+    reasons = _by_reason(found)
+    stay = math.fsum(map(_sum, reasons.values()))
+    if stay:
+        reason, rows = max(reasons.items(), key=lambda item: _sum(item[1]))
+        most = "; most of them" if len(reasons) > 1 else ""
+        what = f"{_neurons(stay)} dead neuron{'s' * (_neurons(stay) != '1')}"
+        stays = "stay" if _all_whole(found) else "can't be removed"
+        seeds = _in_some(rows[0].reason_seeds, found)
+        on_average = "On average " * _averaged(found)
+        yield f"{on_average}{what} {stays}{most}{seeds and f',{seeds}'}: {reason}."
 
 
 def _tiny(value: float) -> str:
     """A difference, by its size: "2.3e-6"."""
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
     digits, _, power = f"{value:.1e}".partition("e")
     return f"{digits.removesuffix('.0')}e{int(power)}"
 

@@ -85,6 +85,7 @@ def on_cluster(
     """
     told: list[Told] = []
     machines: dict[str, None] = {}
+    busy_nodes = False
     store = Store(root, trials[0].suite.name)
     if not work.lacking(trials, store):
         return
@@ -100,21 +101,25 @@ def on_cluster(
             found = ray_cluster.alone_on(node, seconds, _on_this_node, work, left, root)
             if isinstance(found, str):
                 yield Told(f"nothing {work.done} on {name}: {found}", (), well=False)
+                busy_nodes = True
                 continue
-            machine, lines = found
-            machines[machine] = None
+            kinds, lines = found
+            machines |= dict.fromkeys(kinds)
             told += lines
             yield from lines
-    if machines:
+    if machines and not busy_nodes:
         for one in elsewhere(work, trials, root, shown, machines):
             told.append(one)
             yield one
     yield from refused(work, trials, root, told, list(machines) or ["no node that was free"])
 
 
-def _on_this_node(work: Work, trials: Sequence[TrialSpec], root: str) -> tuple[str, list[Told]]:
-    """The kind of machine that this is, and what was done on it."""
-    return this_machine(gpu=True), list(measured(work, trials, root))
+def _on_this_node(
+    work: Work, trials: Sequence[TrialSpec], root: str
+) -> tuple[list[str], list[Told]]:
+    """The kinds of machine that this is, by its GPU and by its CPU, and what was done on it."""
+    kinds = [this_machine(gpu=True), this_machine(gpu=False)]
+    return kinds, list(measured(work, trials, root))
 
 
 def measured(
@@ -190,9 +195,9 @@ def finished(
     keys = {trial.key for trial in trials}
     rows = {row["trial"]: row for row in store.read("trials", only=keys).to_pylist()}
     there = set()
-    if table is not None:
+    if table is not None:  # of what was only counted, not measured, these columns are null
         known = store.read(table, ["trial", "trials_on_device", "other_load"], only=keys)
-        there = {row["trial"] for row in known.to_pylist() if was_alone(row)}
+        there = {r["trial"] for r in known.to_pylist() if r["trials_on_device"] and was_alone(r)}
     return [
         (trial, rows[trial.key])
         for trial in trials

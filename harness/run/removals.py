@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,6 @@ from harness.run.afterwards import (
     watched,
 )
 from harness.storage.locations import StorageError
-from harness.storage.provenance import hardware
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
 from harness.train.removal import (
@@ -40,6 +39,7 @@ from harness.train.tuning import Tuning
 from neq.pruning import Shrunk
 
 FOLDER = "shrunk"
+ELSEWHERE = "; no latency, since it was trained on another kind of machine"
 SECONDS = 30.0  # of a trial, where a node is waited for
 
 
@@ -55,13 +55,14 @@ class _Group:
 @dataclass(frozen=True, slots=True)
 class _End:
     """What became of a trial: what was found, and what was seen meanwhile (None: it has all that
-    already); or why it was not.
+    already); or why it was not. `unsaved`: why its network was not kept, if that was asked for.
     """
 
     spec: TrialSpec
     removed: Removed | None = None
     seen: Row | None = None
     why: str = ""
+    unsaved: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,15 @@ class Removals:
         return self._all(pairs, root, shown, timed=True)
 
     def count(self, pairs: Pairs, root: str, shown: Shown) -> Iterator[Told]:
-        """See Work: all but latency."""
-        return self._all(pairs, root, shown, timed=False)
+        """See Work: all but latency, unless there is a row already."""
+        store = Store(root, pairs[0][0].suite.name)
+        keys = {spec.key for spec, _ in pairs}
+        known = set(store.read("removals", ["trial"], only=keys)["trial"].to_pylist())
+        fresh = [pair for pair in pairs if pair[0].key not in known]
+        if fresh:
+            yield from self._all(fresh, root, shown, timed=False)
+        for name, mine in by_method([pair for pair in pairs if pair[0].key in known]).items():
+            yield Told(f"removed {name} before: {counted(mine)}{ELSEWHERE}", _keys(mine), False)
 
     def _all(self, pairs: Pairs, root: str, shown: Shown, *, timed: bool) -> Iterator[Told]:
         first = pairs[0][0]
@@ -133,8 +141,11 @@ class Removals:
             tuning = Tuning.from_json(state["tuning"])
             end = _measured(spec, row, found, reason, group.whole, tuning if timed else None)
             keep(store, "removals", spec, end.removed, end.seen or {})
-        if self.save:
-            _save(store, spec, found)
+        if self.save and not _saved(store, spec):
+            try:
+                _save(store, spec, found)
+            except Exception as error:  # of any kind, from a forward that export can't follow
+                end = replace(end, unsaved=reason_of(error))
         return end
 
 
@@ -149,8 +160,7 @@ def _measured(
     """By the clock, too, where there is a tuning."""
     if tuning is None:
         removed = measure(spec, found, reason, whole, lambda *_: Latency())
-        seen = {"trials_on_device": 1, "other_load": 0.0, "device": hardware(gpu=False)}
-        return _End(spec, removed, seen)
+        return _End(spec, removed, {"trials_on_device": None, "other_load": None, "device": None})
     with watched(spec, row) as watch:
         suite = spec.trained_suite
         clock = Clock(suite=suite, device=watch.device, tuning=tuning, look=watch.look)
@@ -161,12 +171,19 @@ def _save(store: Store, spec: TrialSpec, found: Shrunk) -> None:
     """`<trial>.pt`: its state_dict, and widths by layer; `<trial>.pt2`: a program of torch.export,
     which needs neither neqbench nor the suite's code.
     """
-    buffer = io.BytesIO()
+    program, buffer = io.BytesIO(), io.BytesIO()
+    torch.export.save(_exported(found.model, spec.suite.model.input), program)
     torch.save({"state_dict": found.model.state_dict(), "widths": found.widths}, buffer)
     store.location.write(f"{FOLDER}/{spec.key}.pt", buffer.getvalue())
-    program = io.BytesIO()
-    torch.export.save(_exported(found.model, spec.suite.model.input), program)
     store.location.write(f"{FOLDER}/{spec.key}.pt2", program.getvalue())
+
+
+def _saved(store: Store, spec: TrialSpec) -> bool:
+    return f"{spec.key}.pt2" in store.location.names(FOLDER)
+
+
+def _keys(pairs: Pairs) -> tuple[str, ...]:
+    return tuple(spec.key for spec, _ in pairs)
 
 
 def _exported(model: nn.Module, shape: Sequence[int]) -> Any:
@@ -180,14 +197,16 @@ def _exported(model: nn.Module, shape: Sequence[int]) -> Any:
 
 def _told(name: str, ends: Sequence[_End]) -> Iterator[Told]:
     """A line on what went well, and one for each reason why something did not."""
-    found = [end for end in ends if not end.why]
+    found = [end for end in ends if not end.why and (end.removed or not end.unsaved)]
     if found:
         yield _told_well(name, found)
-    for why in dict.fromkeys(end.why for end in ends if end.why):
-        mine = [end.spec for end in ends if end.why == why]
-        methods = name or ", ".join(dict.fromkeys(spec.method for spec in mine))
-        keys = tuple(spec.key for spec in mine)
-        yield Told(f"not removed: {methods} ({counted(mine)}): {why}", keys, well=False)
+    for what, attribute in (("removed", "why"), ("saved", "unsaved")):
+        reasons = [(end.spec, getattr(end, attribute)) for end in ends if getattr(end, attribute)]
+        for why in dict.fromkeys(reason for _, reason in reasons):
+            mine = [spec for spec, reason in reasons if reason == why]
+            methods = name or ", ".join(dict.fromkeys(spec.method for spec in mine))
+            keys = tuple(spec.key for spec in mine)
+            yield Told(f"not {what}: {methods} ({counted(mine)}): {why}", keys, well=False)
 
 
 def _told_well(name: str, ends: Sequence[_End]) -> Told:
@@ -203,7 +222,7 @@ def _told_well(name: str, ends: Sequence[_End]) -> Told:
     share = sum(one.parameters / one.parameters_dense for one in left) / len(left)
     text += f", {share:.0%} of the parameters left"
     if left[0].latency_one is None:
-        return Told(f"{text}; no latency, since it was trained on another machine", keys)
+        return Told(f"{text}{ELSEWHERE}", keys, well=False)
     disturbed = [end.seen for end in ends if end.seen and not was_alone(end.seen)]
     if not disturbed:
         return Told(text, keys)

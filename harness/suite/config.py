@@ -5,7 +5,7 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -157,11 +157,16 @@ class Resources(Strict):
 class Sharpness(Strict):
     """How sharp the minimum is, looked at every so many epochs and after the last one.
 
-    `samples`: of the training part, the same for all methods and seeds; their loss's Hessian is
-    meant, and the metric on them. `iterations` of power iteration at most, `tolerance` of its
-    residual, relative: see neq.top_eigenvalue.
+    `samples`: of the training part, the same for all methods and seeds: the Hessian is that of
+    their mean loss, and `train_metric` is measured on them, too. `iterations` of power iteration at
+    most, `tolerance` of its residual, relative: see neq.top_eigenvalue. `measures`: what is
+    recorded.
     """
 
+    measures: ClassVar = (
+        *("sharpness", "sharpness_low", "sharpness_high"),
+        *("train_metric", "generalisation_gap"),
+    )
     samples: Count = 500
     every: Count = 10
     iterations: Count = 200
@@ -171,11 +176,12 @@ class Sharpness(Strict):
 class Probe(Strict):
     """Other data, on which the features of the trained model are tried by logistic regression.
 
-    `load`, `arguments`, `root`: as of Data; all of its training images are trained on, without
-    augmentation. `layer`: the Linear layer whose inputs are the features (default: the only one
-    that model.exclude names).
+    `load`, `arguments`, `root`: as of Data, which must be there: `prepare` fetches none. All of its
+    training images are trained on, without augmentation. `layer`: the Linear layer whose inputs are
+    the features (default: the only one that model.exclude names). `measures`: what is recorded.
     """
 
+    measures: ClassVar = ("probe_metric",)
     load: ImportString
     arguments: dict[str, Any] = {}
     root: str = ""

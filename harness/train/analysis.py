@@ -96,8 +96,8 @@ def check_sharpness(suite: Suite, data: Dataset, task: Task, model: nn.Module, f
         neq.top_eigenvalue(model, [few], task.loss, iterations=1)
     except Exception as error:
         raise UserError(
-            f"suite {suite.name}: sharpness: the loss has no second derivative "
-            f"({one_line(error)}); leave [sharpness] out"
+            f"suite {suite.name}: sharpness: it can't be found, for want of a second "
+            f"derivative or otherwise ({one_line(error)}); leave [sharpness] out"
         ) from error
 
 

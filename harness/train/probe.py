@@ -1,5 +1,6 @@
 """A linear probe: what a model's features are good for on data that it was not trained on."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +100,11 @@ def probed_layer(suite: Suite, model: nn.Module) -> tuple[str, nn.Linear]:
 def _inputs(layer: nn.Linear) -> Iterator[list[Tensor]]:
     """Inside, what the layer is called with is put into the list."""
     seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+
+    def look(_layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(given[0] if given else named["input"])
+
+    handle = layer.register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield seen
     finally:
@@ -164,4 +169,6 @@ def _accuracy(x: Any, y: Any, test_x: Any, test_y: Any) -> float:
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS)).fit(x, y)
+        if max(fitted[-1].n_iter_) >= STEPS:  # it has not converged: no number
+            return math.nan
         return float(fitted.score(test_x, test_y))

@@ -105,11 +105,11 @@ def dense(suite: Suite, folder: str) -> Measurable:
 
 
 def examples(spec: TrialSpec) -> Tensor:
-    """Some samples of the test part."""
+    """Some samples of the test part; one, where they differ in shape."""
     recipe = spec.suite.recipe
     data = load_data(spec.suite, spec.folder).open(torch.device("cpu"), 0, recipe, most=SAMPLES)
-    inputs, _ = next(iter(data.evaluate("test", SAMPLES)))
-    return inputs
+    found = [inputs for inputs, _ in data.evaluate("test", SAMPLES)]
+    return torch.cat(found) if len({inputs.shape[1:] for inputs in found}) == 1 else found[0]
 
 
 def remove(spec: TrialSpec, weights: dict[str, Any], example: Tensor) -> tuple[Shrunk, str | None]:

@@ -223,7 +223,9 @@ def remove(going: Sequence[Going]) -> None:
         for said, carrier in one.carried:
             columns = _columns(said.part.module)
             factor = said.values / carrier.values
-            columns[:, carrier.part.indices[0]] += columns[:, said.part.indices[0]] * factor
+            said_by = columns[:, list(said.part.indices)]
+            factor = factor.view(-1, *[1] * (columns.dim() - 2))
+            columns[:, list(carrier.part.indices)] += said_by * factor
     together: dict[tuple[Any, str], set[int]] = {}
     dependencies: dict[tuple[Any, str], Any] = {}
     for one in going:

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +90,21 @@ class _Search:
     def __init__(self, given: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._given, self._inputs = given, inputs
         _check_plain(given)
-        self._probes = list(_probes(inputs))
         try:
             self._before_as_given = _outputs(copy.deepcopy(given).eval(), inputs)
             self._model = copy.deepcopy(given).requires_grad_(True).eval().double()
-            self._before = [_outputs(self._model, probe) for probe in self._probes]
+            self._probes = [tuple(map(_double, inputs))]
+            self._before = [_outputs(self._model, self._probes[0])]
         except Exception as error:  # of any kind, from a model that is not neq's
             raise RemovalError(
                 f"the model can't be evaluated on the example, or not in float64: {one_line(error)}"
             ) from error
+        for probe in _noisy(inputs):
+            with suppress(Exception):  # it may take no such inputs
+                outputs = _outputs(self._model, probe)
+                if not any(bool(out.isnan().any()) for out in outputs):
+                    self._probes.append(probe)
+                    self._before.append(outputs)
         layers = {name: m for name, m in self._model.named_modules() if weighted(m)}
         self._left = {name: list(range(rows(m).shape[0])) for name, m in layers.items()}
         self._removed: dict[str, list[int]] = {name: [] for name in layers}
@@ -152,7 +159,9 @@ class _Search:
             wrong = [d for pair in zip(self._before, now, strict=True) for d in _disagree(*pair)]
         except Exception as error:  # of any kind: its forward may count on widths
             return f"the model fails without it: {one_line(error)}"
-        return f"outputs would differ by {max(wrong):.1e} without it" if wrong else None
+        if not wrong:
+            return None
+        return f"outputs would differ by {max(wrong):.1e} without it or another of its layer"
 
     def _forget(self, gone: Iterable[Row]) -> None:
         for layer, row in gone:
@@ -227,9 +236,8 @@ def _true(mask: Tensor) -> list[int]:
     return found
 
 
-def _probes(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The example in float64, and noise in its place where it holds numbers."""
-    yield tuple(_double(value) for value in inputs)
+def _noisy(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Noise in the place of the example, where that holds numbers."""
     generator = torch.Generator().manual_seed(0)
     for scale in SCALES:
         yield tuple(_noise(value, scale, generator) for value in inputs)
