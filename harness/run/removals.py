@@ -215,7 +215,7 @@ def _told_well(name: str, ends: Sequence[_End]) -> Told:
     if not left:
         return Told(f"saved {name}: {counted(keys)}", keys)
     gone = sum(one.neurons_removed for one in left)
-    text = f"removed {name}: {counted(keys)}, {gone} neurons"
+    text = f"removed {name}: {counted(keys)}, {gone} neuron{'s' * (gone != 1)}"
     reasons = dict.fromkeys(one.reason for one in left if one.reason)
     if reasons:
         text += f" ({'; '.join(reasons)})"
