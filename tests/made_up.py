@@ -1,11 +1,15 @@
 """Results of pruning that are made up, so that what the report makes of them can be worked out."""
 
+import io
 import json
 from datetime import UTC, datetime
 
 import pyarrow.parquet as pq
+from rich.console import Console
 
 from harness.report.model import load_report
+from harness.report.sections import sections
+from harness.report.terminal import print_report
 from harness.run.trials import specs
 from harness.storage.schema import EpochRecord, identified
 from harness.storage.store import Store
@@ -72,22 +76,6 @@ def keep(spec, root, metric, *, epochs=2, measures=None, layers=None, removal=No
         for (layer, name), values in named.items()
         for epoch, value in _by_epoch(values, epochs)
     ]
-    trial = {
-        "state": "done",
-        "epochs": epochs,
-        "epochs_done": epochs,
-        "metric": "accuracy",
-        "title": spec.suite.title,
-        "experiment": json.dumps(spec.suite.experiment()),
-        "parameters": spec.parameters,
-        "data": "digits",
-        "trials_on_device": 1,
-        "cpu": "a CPU",
-        "threads": 1,
-        "versions": "{}",
-        "measures": len(recorded),
-        "started": datetime.now(UTC),
-    }
     each = FLOPS | flops
     rows = [
         EpochRecord.of(
@@ -112,12 +100,37 @@ def keep(spec, root, metric, *, epochs=2, measures=None, layers=None, removal=No
         ).row()
         for epoch in range(epochs)
     ]
+    trial = done(spec, epochs, len(recorded))
     tables = {"trials": [trial], "epochs": rows, "layers": [], "measures": recorded}
-    tables |= {"removals": [removal]} if removal else {}
-    for kind, its in tables.items():
+    write(spec, root, tables | ({"removals": [removal]} if removal else {}))
+
+
+def done(spec, epochs, measures):
+    """The row of a finished trial with so many rows of measures."""
+    return {
+        "state": "done",
+        "epochs": epochs,
+        "epochs_done": epochs,
+        "metric": "accuracy",
+        "title": spec.suite.title,
+        "experiment": json.dumps(spec.suite.experiment()),
+        "parameters": spec.parameters,
+        "data": "digits",
+        "trials_on_device": 1,
+        "cpu": "a CPU",
+        "threads": 1,
+        "versions": "{}",
+        "measures": measures,
+        "started": datetime.now(UTC),
+    }
+
+
+def write(spec, root, tables):
+    """The rows of a trial's tables, by kind, as its files."""
+    for kind, rows in tables.items():
         path = root / spec.suite.name / kind / f"{spec.key}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(identified(spec, its, kind), path)
+        pq.write_table(identified(spec, rows, kind), path)
 
 
 def _by_epoch(values, epochs):
@@ -143,3 +156,15 @@ def sizes(left, neurons=60, effective=40):
 def row(report, label):
     (table,) = report.groups
     return next(each for each in table.methods if each.label == label)
+
+
+def words(report, width):
+    """The report as a terminal of that width shows it."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_report(sections(report), console)
+    return console.file.getvalue()
+
+
+def said(report, width=80):
+    """The same without line ends."""
+    return " ".join(words(report, width).split())

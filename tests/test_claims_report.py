@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up import keep, report_of, row, sizes, trials
+from made_up import keep, report_of, row, said, sizes, trials
 from rich.console import Console
 from scipy import stats
 
@@ -88,16 +88,6 @@ def kept(tmp_path):
     return report
 
 
-def words(report, width=160):
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    print_report(sections(report), console)
-    return console.file.getvalue()
-
-
-def said(report):
-    return " ".join(words(report).split())
-
-
 def titles(report):
     (section,) = sections(report)
     return [table.title for table in section.tables]
@@ -158,7 +148,7 @@ def test_each_claim_has_a_table_with_its_verdict_in_words(kept):
     assert minima.notes[0].endswith(" So is it with smaller, a control.")
     assert "features that transfer better as arXiv 2004.14765 has it: no." in features.notes[1]
     assert "of 2 layers gradual pruning's is higher in 2, in 0 with an" in layers.notes[0]
-    text = said(report)
+    text = said(report, 160)
     assert (
         "gradual beside one-shot at equal sparsity and equal training FLOPs (× 1.00), as arXiv "
         "2004.14765 has it (n = 3): more accurate: yes ("
@@ -199,7 +189,7 @@ def test_a_sharpness_that_was_not_found_is_left_out_and_said(kept):
     logs = paired(np.log([30.0, 30.0]), np.log([20.0, 21.0]))
     assert of(row(report, "gradual"), "sharpness_ratio") == pytest.approx(np.exp(logs))
     assert (gradual.sharpness_ratio_n, gradual.narrower) == (2, "unclear")
-    text = said(report)
+    text = said(report, 160)
     assert "one-shot, 1 of 3 seeds: the power iteration did not converge, or found" in text
     assert "(n = 2, too few for a verdict)" in text
     (axis,) = next(p for p in pictures(report) if p.name.endswith("-sharpness")).figure.axes
@@ -213,7 +203,8 @@ def test_a_sharpness_that_is_not_above_zero_has_no_ratio(kept):
     assert (one_shot.minima.sharpness_n, one_shot.minima.sharpness_unknown) == (2, 1)
     assert one_shot.minima.sharpness == pytest.approx(stats.gmean([20, 21]))
     assert gradual.sharpness_ratio_n == 2
-    assert "one-shot, 1 of 3 seeds: the power iteration did not converge, or found" in said(report)
+    why = "one-shot, 1 of 3 seeds: the power iteration did not converge, or found"
+    assert why in said(report, 160)
 
 
 def test_a_small_sharpness_keeps_its_digits(kept):
@@ -243,7 +234,7 @@ def test_a_control_of_another_size_is_not_named(kept):
     assert found.sharpness_ratio == pytest.approx(3.0, rel=1e-3)
     assert row(report, "gradual").beside.narrower == "yes"
     assert row(report, "baseline").beside.one_shot_size is None
-    text = said(report)
+    text = said(report, 160)
     assert "a control" not in text
     note = "Of another size than one-shot pruning, which Δ compares, too: smaller, parameters left"
     assert text.count(f"{note} 30.0 % | 10.0 %.") == 3
@@ -257,7 +248,7 @@ def test_other_training_flops_have_no_verdict(kept, overhead, told):
     assert found.metric_more is not None
     verdicts = {found.more_accurate, found.narrower, found.better_transferring}
     assert verdicts == ({"yes", "no"} if told == "yes" else {None})
-    text = said(report)
+    text = said(report, 160)
     assert ("more accurate: yes (" in text) == (told == "yes")
     why = f"no verdict, training FLOPs differ ({told})"
     for start in ("more accurate", "narrower minima", "features that transfer better"):
@@ -292,7 +283,7 @@ def test_other_sparsities_are_refused_in_words(kept, settings, left, why):
     assert (found.one_shot, found.one_shot_unlike) == ("one-shot", f"not of equal sparsity ({why})")
     assert found.metric_more is found.more_accurate is found.narrower is None
     assert row(report, "random-pruning").beside.metric_more is not None  # of one-shot's sparsity
-    text = said(report)
+    text = said(report, 160)
     assert f"gradual is not compared with one-shot: not of equal sparsity ({why})." in text
     assert "gradual beside one-shot" not in text
     assert report.groups[0].entropies == []

@@ -5,9 +5,8 @@ import io
 import json
 import re
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 
-import pyarrow.parquet as pq
+import made_up
 import pytest
 from rich.console import Console
 from trials import render, row_of, toy
@@ -20,7 +19,7 @@ from harness.report.pruning_view import pruned
 from harness.report.sections import sections
 from harness.report.style import GroupLabel
 from harness.report.terminal import print_table
-from harness.storage.schema import EpochRecord, identified
+from harness.storage.schema import EpochRecord
 from harness.storage.store import Store
 
 SEEDS = (0, 1, 2)
@@ -87,22 +86,7 @@ def keep(spec, root, metric, flops, measures):
         for name, value in measures.items()
         for layer in (None, "conv1")
     ]
-    trial = {
-        "state": "done",
-        "epochs": EPOCHS,
-        "epochs_done": EPOCHS,
-        "metric": "accuracy",
-        "title": spec.suite.title,
-        "experiment": json.dumps(spec.suite.experiment()),
-        "parameters": spec.parameters,
-        "data": "digits",
-        "trials_on_device": 1,
-        "cpu": "a CPU",
-        "threads": 1,
-        "versions": "{}",
-        "measures": len(recorded),
-        "started": datetime.now(UTC),
-    }
+    trial = made_up.done(spec, EPOCHS, len(recorded))
     tables = {"trials": [trial], "epochs": [], "layers": [], "measures": recorded}
     for epoch in range(EPOCHS):
         record = EpochRecord.of(
@@ -125,10 +109,7 @@ def keep(spec, root, metric, flops, measures):
             }
         )
         tables["epochs"].append(record.row())
-    for kind, rows in tables.items():
-        path = root / "toys" / kind / f"{spec.key}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(identified(spec, rows, kind), path)
+    made_up.write(spec, root, tables)
 
 
 def only(report):

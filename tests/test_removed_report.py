@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from made_up import DEVICE, keep, removal, report_of, row, sizes, trials, untraced
+from made_up import DEVICE, keep, removal, report_of, row, said, sizes, trials, untraced, words
 from rich.console import Console
 from scipy import stats
 
@@ -18,7 +18,7 @@ from harness.report.page import page
 from harness.report.pruned_parts import Removed
 from harness.report.removed_view import removed
 from harness.report.sections import sections
-from harness.report.terminal import print_report, print_table
+from harness.report.terminal import print_table
 
 STUCK = json.dumps([{"layer": "layer1.0.conv2", "neurons": 3, "reason": "it is an output"}])
 LATENCIES = (0.60, 0.66, 0.63)
@@ -43,16 +43,6 @@ def kept(tmp_path):
         return report_of(tmp_path)
 
     return report
-
-
-def words(report, width=80):
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    print_report(sections(report), console)
-    return console.file.getvalue()
-
-
-def said(report):
-    return " ".join(words(report).split())
 
 
 def test_figures_by_hand(kept):

@@ -1,7 +1,7 @@
 """After the trials: dead neurons are removed for real, and forwards timed alone on the device."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -45,11 +45,15 @@ SECONDS = 30.0  # of a trial, where a node is waited for
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """What the trials of a group have in common: results, the dense model, samples."""
+    """What the trials of a group have in common: results, the dense model, samples; and keys of
+    those that are still to be measured, and of those whose networks are kept.
+    """
 
     store: Store
     whole: Measurable
     example: Tensor
+    unmeasured: Set[str]
+    kept: Set[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,8 @@ class Removals:
         those = [trial for trial in mine if trial.key in pruned]
         found = finished(those, store, "removals")
         if self.save:
-            kept = {name.removesuffix(".pt2") for name in store.location.names(FOLDER)}
-            known = {spec.key for spec, _ in found}
-            found += finished([t for t in those if t.key not in kept | known], store, None)
+            known = _kept(store) | {spec.key for spec, _ in found}
+            found += finished([t for t in those if t.key not in known], store, None)
         return found
 
     def never(self, spec: TrialSpec) -> str | None:
@@ -109,13 +112,22 @@ class Removals:
         if fresh:
             yield from self._all(fresh, root, shown, timed=False)
         for name, mine in by_method([pair for pair in pairs if pair[0].key in known]).items():
-            yield Told(f"removed {name} before: {counted(mine)}{ELSEWHERE}", _keys(mine), False)
+            text = f"removed {name} before: {counted(mine)}{ELSEWHERE}"
+            yield Told(text, tuple(spec.key for spec, _ in mine), well=False)
 
     def _all(self, pairs: Pairs, root: str, shown: Shown, *, timed: bool) -> Iterator[Told]:
         first = pairs[0][0]
         try:
-            whole = dense(first.suite, first.folder)
-            group = _Group(Store(root, first.suite.name), whole, examples(first))
+            store = Store(root, first.suite.name)
+            group = _Group(
+                store=store,
+                whole=dense(first.suite, first.folder),
+                example=examples(first),
+                unmeasured={
+                    spec.key for spec, _ in finished([s for s, _ in pairs], store, "removals")
+                },
+                kept=_kept(store) if self.save else set(),
+            )
         except Exception as error:  # the user's model or data may raise anything
             yield from _told("", [_End(spec, why=reason_of(error)) for spec, _ in pairs])
             return
@@ -137,11 +149,11 @@ class Removals:
             path = store.location.path(f"checkpoints/{spec.key}")
             raise StorageError(f"the trained model is not there ({path})")
         found, reason = remove(spec, state["model"], group.example)
-        if finished([spec], store, "removals"):
+        if spec.key in group.unmeasured:
             tuning = Tuning.from_json(state["tuning"])
             end = _measured(spec, row, found, reason, group.whole, tuning if timed else None)
             keep(store, "removals", spec, end.removed, end.seen or {})
-        if self.save and not _saved(store, spec):
+        if self.save and spec.key not in group.kept:
             try:
                 _save(store, spec, found)
             except Exception as error:  # of any kind, from a forward that export can't follow
@@ -178,12 +190,9 @@ def _save(store: Store, spec: TrialSpec, found: Shrunk) -> None:
     store.location.write(f"{FOLDER}/{spec.key}.pt2", program.getvalue())
 
 
-def _saved(store: Store, spec: TrialSpec) -> bool:
-    return f"{spec.key}.pt2" in store.location.names(FOLDER)
-
-
-def _keys(pairs: Pairs) -> tuple[str, ...]:
-    return tuple(spec.key for spec, _ in pairs)
+def _kept(store: Store) -> set[str]:
+    """Keys of the trials whose networks are there."""
+    return {name.removesuffix(".pt2") for name in store.location.names(FOLDER)}
 
 
 def _exported(model: nn.Module, shape: Sequence[int]) -> Any:

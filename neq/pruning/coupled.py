@@ -254,7 +254,7 @@ def _unknown(part: Part) -> str | None:
     if isinstance(module, nn.Parameter):
         return "a parameter that belongs to no layer has its length"
     if weighted(module):
-        grouped = module.groups > 1 if hasattr(module, "groups") else False
+        grouped = getattr(module, "groups", 1) > 1
         return "a convolution with groups" if grouped and not depthwise(module) else None
     if isinstance(module, (*_BY_CHANNEL, *PADS)):
         return None

@@ -53,13 +53,13 @@ class Plan:
     """What can go of `model`, in float64 and evaluation, and of what is dead why it can't.
 
     `probes`: inputs that show which channels are constant. `going`: what can go; `staying`: the
-    others with dead rows, each with the reason.
+    others with dead rows, each with the reason. `names`: of the model's modules.
     """
 
     def __init__(self, model: nn.Module, probes: Sequence[tuple[Any, ...]]) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
-        self._dead = {m: dead(m) for m in self._names if weighted(m)}
-        self._unread = {m: ~rows(m).ne(0).any(2).any(0) for m in self._names if weighted(m)}
+        self.names = {module: name for name, module in model.named_modules()}
+        self._dead = {m: dead(m) for m in self.names if weighted(m)}
+        self._unread = {m: ~rows(m).ne(0).any(2).any(0) for m in self.names if weighted(m)}
         self._ends = _seen(model, self._dead, probes)
         self._left: Counter[tuple[Any, str]] = Counter()
         self.going: list[Going] = []
@@ -90,7 +90,7 @@ class Plan:
             return None
         alive = [part for part in channel.sources() if not self._is_dead(part)]
         if alive and not self._cut_off(channel):
-            names = ", ".join(dict.fromkeys(self._names[part.module] for part in alive))
+            names = ", ".join(dict.fromkeys(self.names[part.module] for part in alive))
             return f"it is joined with neurons that live, of {names}"
         return self._foldable(channel, readers)
 
@@ -123,7 +123,7 @@ class Plan:
 
     def _said(self, part: Part) -> Said | str | None:
         """What it says to a reader; why that is not known, or None where it is zero."""
-        name = self._names[part.module]
+        name = self.names[part.module]
         if part.module not in self._ends:
             return f"what {name} reads was not seen"
         low, high = (ends[list(part.indices)] for ends in self._ends[part.module])
@@ -147,7 +147,7 @@ class Plan:
         carrier = max(told, key=least)
         for (going, _), borders in zip(alike, told, strict=True):
             if borders is carrier or not least(carrier):
-                names = ", ".join(self._names[module] for module in borders)
+                names = ", ".join(self.names[module] for module in borders)
                 self._take(going.channel, f"{BORDERS} {names}; one neuron says it for all")
                 continue
             carried = tuple((said, carrier[module]) for module, said in borders.items())

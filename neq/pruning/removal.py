@@ -117,7 +117,7 @@ class _Search:
     def step(self) -> bool:
         """Remove what can go; whether there may be more."""
         found = Plan(self._model, self._probes)
-        self._names = {module: name for name, module in self._model.named_modules()}
+        self._names = found.names
         going = [one for one in found.going if not self._rows(one.channel) & self._refused.keys()]
         if not going:
             self._staying = {
