@@ -8,16 +8,15 @@ import pandas as pd
 
 from harness.report.measures import of_model
 from harness.storage.provenance import OTHER_LOAD
+from harness.suite.config import Probe, Sharpness
 from harness.suite.method_specs import kind_of
 
 COUNTS = ["dense", "paper", "required", "executed"]
 Labels = dict[tuple[str, str], str]  # by name and parameters (JSON) of a method
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]
 SIZES = ["parameters", "neurons"]  # measures of a whole model; what is left of each: `…_left`
-MINIMA = [  # measures of a whole model, on the minimum that training has found
-    *("sharpness", "sharpness_low", "sharpness_high"),
-    *("train_metric", "generalisation_gap", "probe_metric"),
-]
+# Measures of a whole model, on the minimum that training has found.
+MINIMA = [*Sharpness.measures, *Probe.measures]
 
 
 def per_trial(

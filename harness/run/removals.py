@@ -85,15 +85,14 @@ class Removals:
         mine = [trial for trial in trials if trial.method_spec.may_prune]
         if not mine:
             return []
-        keys = {trial.key for trial in mine}
-        rows = store.read("epochs", ["trial", "effective_parameters"], only=keys).to_pylist()
-        pruned = {row["trial"] for row in rows if row["effective_parameters"] is not None}
-        those = [trial for trial in mine if trial.key in pruned]
-        found = finished(those, store, "removals")
+        found = finished(mine, store, "removals")
         if self.save:
             known = _kept(store) | {spec.key for spec, _ in found}
-            found += finished([t for t in those if t.key not in known], store, None)
-        return found
+            found += finished([t for t in mine if t.key not in known], store, None)
+        keys = {spec.key for spec, _ in found}  # epochs are many: of those that lack it alone
+        rows = store.read("epochs", ["trial", "effective_parameters"], only=keys).to_pylist()
+        pruned = {row["trial"] for row in rows if row["effective_parameters"] is not None}
+        return [pair for pair in found if pair[0].key in pruned]
 
     def never(self, spec: TrialSpec) -> str | None:
         """See Work."""
