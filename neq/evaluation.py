@@ -103,8 +103,20 @@ def _older(read: Callable[[], Any]) -> Any:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what torch.compile was applied to runs as it is written, and nothing is compiled."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and it loads slowly
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradients, plain float32, and every random stream restored afterwards."""
+    """Eval mode, no gradients, plain float32, not compiled, and every random stream restored
+    afterwards.
+    """
     modes = {module: module.training for module in model.modules()}
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
@@ -112,7 +124,7 @@ def evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         model.eval()
         half = torch.autocast(device.type, enabled=False)
-        with torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee():
+        with uncompiled(), torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee():
             yield
     finally:
         for module, training in modes.items():

@@ -77,16 +77,13 @@ class NeuronFreezer:
         self._check_policy()
         self._optimizer = optimizer
         self.timings = timings or Timings()
-        compiled = any(hasattr(part, "_orig_mod") for part in model.modules())
-        if compiled and gradient == "cut":
-            raise ValueError("gradient 'cut' needs a model that is not compiled")
-        self._gradients = SelectiveGradients(
-            self._model, self.neurons, gradient, selective=not compiled
-        )
+        self._gradients = SelectiveGradients(model, self.neurons, gradient)
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        # In a compiled step they would be compiled, too, and anew for each mask.
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
         ]
         self.epoch = 0
         self.frozen = torch.zeros(len(self.neurons), dtype=torch.bool)

@@ -14,10 +14,12 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from neq.compiled import is_compiled, make_room
 from neq.kernels import Kept, rows_for
-from neq.neurons import Layer, NeuronIndex
-from neq.selective import Work, assign, geometry, selecting
+from neq.neurons import Layer, NeuronIndex, unwrapped
+from neq.selective import assign, geometry, prepare, release, selecting, tracing, transformed
 from neq.timings import Timings
+from neq.work import Work
 
 Gradient = Literal["exact", "cut"]
 
@@ -43,19 +45,22 @@ class SelectiveGradients:
     is frozen has no gradient at all. `plan`: what is computed in each layer.
     """
 
-    def __init__(
-        self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient, *, selective: bool
-    ) -> None:
-        """`selective=False`: every layer computes densely, for a compiled model."""
-        self._model, self._layers, self._selective = model, neurons.layers, selective
+    def __init__(self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient) -> None:
+        """`model`: as it is called, wrapped or not; `neurons`: of the bare one."""
+        self._called, self._layers = model, neurons.layers
         self._cut = gradient == "cut"
         self._rows: dict[Tensor, Tensor] = {}
         self._whole: dict[Tensor, None] = {}
         self._kept: dict[Tensor, Kept] = {}  # of weights whose backward computes some rows
         self._cleared: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and versions, until a step
         self._handles: list[RemovableHandle] = []
-        self._tie: RemovableHandle | None = None
+        self._hook = torch.compiler.disable(self._clear)  # type: ignore[no-untyped-call]
+        self._tie = _Tie([p for p in model.parameters() if p.requires_grad])
+        self._tied = unwrapped(model).register_forward_hook(self._tie)
+        self._sets: set[frozenset[str]] = set()  # of layers frozen whole, since there was room
         self.plan: dict[str, LayerPlan] = {}
+        for layer in self._layers:
+            prepare(layer.module, self._cut)
 
     def freeze(self, frozen: Tensor, timings: Timings) -> None:
         """Plan the backward of every layer for `frozen`, bool [neurons of the whole index]."""
@@ -70,21 +75,27 @@ class SelectiveGradients:
                     self._whole[parameter] = None
                 else:
                     self._rows[parameter] = rows.to(parameter.device)
-            work = _choose_work(layer, mask, self._cut, timings) if self._selective else None
+            work = _choose_work(layer, mask, self._cut, timings)
             assign(layer.module, work)
             if work is not None and work.rows is not None:
                 self._kept[layer.parameters[0]] = work.rows.kept
-            self.plan[layer.name] = _plan(layer, work, self._cut)
-        self._tie_whole()
-
-    def _tie_whole(self) -> None:
-        if self._tie is not None:
-            self._tie.remove()
-            self._tie = None
+            self.plan[layer.name] = _plan(layer, self._done(layer, work), self._cut)
         # The graph reaches these no more, and DistributedDataParallel waits for their hooks.
-        tied = [p for p in (*self._whole, *self._loose) if p.requires_grad]
-        if tied and self._selective:
-            self._tie = self._model.register_forward_hook(_Tie(tied))
+        self._tie.parameters = [p for p in (*self._whole, *self._loose) if p.requires_grad]
+        self._tie.needed = bool(self._tie.parameters)
+        self._make_room(frozenset(x.name for x in self._layers if bool(frozen[x.neurons].all())))
+
+    def _done(self, layer: Layer, work: Work | None) -> Work | None:
+        """Compiled code sums over all rows of a normalisation layer, unless nothing passes it."""
+        norm = geometry(layer.module) is None and not isinstance(layer.module, nn.Linear)
+        compiled = self._tie.traced or is_compiled(self._called)
+        return None if norm and compiled and not self._cut else work
+
+    def _make_room(self, whole: frozenset[str]) -> None:
+        """Layers frozen `whole` may need another graph: beyond its limit dynamo compiles none."""
+        if whole not in self._sets and make_room():
+            self._sets.clear()
+        self._sets.add(whole)
 
     @property
     def _loose(self) -> list[nn.Parameter]:
@@ -97,7 +108,7 @@ class SelectiveGradients:
     def _watch(self, parameter: nn.Parameter) -> None:
         """Hook it, if it needs a gradient by now."""
         if parameter.requires_grad:
-            hook = parameter.register_post_accumulate_grad_hook(self._clear)  # type: ignore[no-untyped-call]
+            hook = parameter.register_post_accumulate_grad_hook(self._hook)  # type: ignore[no-untyped-call]
             self._handles.append(hook)
 
     def partly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -141,9 +152,9 @@ class SelectiveGradients:
     def remove(self) -> None:
         """Make layers and gradients plain again."""
         for layer in self._layers:
-            assign(layer.module, None)
+            release(layer.module)
         self._forget()
-        self._tie_whole()
+        self._tied.remove()
 
     def _forget(self) -> None:
         for handle in self._handles:
@@ -205,25 +216,32 @@ class _Tie:
     """Ties parameters that the graph does not reach to a model's output, without a gradient.
 
     DistributedDataParallel waits for each parameter's hook, and `backward` needs a graph even
-    where everything is frozen.
+    where everything is frozen. `parameters`: those; `needed`: whether there are any; `traced`:
+    whether the last forward was compiled code.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
+    def __init__(self, everyone: list[nn.Parameter]) -> None:
+        """`everyone`: all that may be among them, as traced code ties them: it is to be the same
+        code whoever is frozen.
+        """
+        self.everyone, self.needed, self.traced = everyone, False, False
+        self.parameters: list[Tensor] = []
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if not selecting():
+        self.traced = traced = tracing()
+        if not traced and not (self.needed and selecting()):
             return output
         graph = any(t.requires_grad for t in _tensors(output))
         # With a graph and one process nothing waits for these parameters.
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if graph and not parallel:
+        if (not parallel and (graph or not self.needed)) or transformed():
             return output
+        parameters = self.everyone if traced else self.parameters
 
         def tied(value: Tensor) -> Tensor:
             if not value.is_floating_point():
                 return value
-            return _tie(value, *self.parameters) if value.requires_grad or not graph else value
+            return _tie(value, *parameters) if value.requires_grad or not graph else value
 
         return _mapped(tied, output)
 

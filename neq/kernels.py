@@ -34,11 +34,14 @@ class Kept:
                     return full
         return like.new_empty_strided(shape, stride)
 
-    def give(self, full: Tensor) -> Tensor:
-        """`full` to be returned by a backward: autograd makes it a parameter's `grad` as it is."""
+    def give(self, full: Tensor, versioned: bool = True) -> Tensor:
+        """`full` to be returned by a backward: autograd makes it a parameter's `grad` as it is.
+
+        `versioned`: nobody changes it without a new version, as compiled code does.
+        """
         if not _keeps(full, full.shape):
             return full
-        self._last[:] = [(full, full._version)]
+        self._last[:] = [(full, full._version if versioned else -1)]
         return full.detach()  # with another reference to the tensor itself autograd would copy it
 
     def holds(self, gradient: Tensor) -> bool:
@@ -100,15 +103,21 @@ class Rows:
         """The channels (axis 1) of the output's `gradient` that belong to the computed rows."""
         return channels(gradient, self.index) if len(self.others) else gradient
 
-    def scatter(self, computed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    def scatter(
+        self,
+        computed: Tensor,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        versioned: bool = True,
+    ) -> Tensor:
         """The full gradient of `shape` and `stride`: computed rows in their places, zeros
-        elsewhere.
+        elsewhere; `versioned`: see Kept.
         """
         full = self.kept.take(computed, shape, stride)
         full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
         if len(self.fillers):
             full.index_fill_(0, self.fillers, 0)
-        return self.kept.give(full)
+        return self.kept.give(full, versioned)
 
     def weights(self, weight: Tensor) -> Tensor:
         """The computed rows of `weight`: [computed, …], with zeros for fillers."""

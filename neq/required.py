@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neq.autograd_graph import Graph, trace
+from neq.evaluation import uncompiled
 from neq.neurons import NeuronIndex
 
 BATCH = 2  # some heads exist only in train mode, and pooled BatchNorm needs two samples
@@ -58,7 +59,7 @@ class RequiredFlops:
         copied = copy.deepcopy(model).cpu().float().train()
         numbers = {id(p): i for i, p in enumerate(copied.parameters())}
         mine = NeuronIndex(copied)
-        with torch.random.fork_rng([]):
+        with uncompiled(), torch.random.fork_rng([]):
             graph = trace(copied, torch.zeros(BATCH, *shape), mine, numbers)
         here = {id(p): i for i, p in enumerate(model.parameters())}
         return cls(neurons, graph, here)

@@ -8,47 +8,82 @@ README.md beside this file tells why it is done so.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from neq.kernels import KERNELS, Geometry, Rows, channels
+from neq import compiled
+from neq.kernels import Geometry, everything
+from neq.work import Work, convolution, linear
+
+WORK, TRACED = "_neq_work", "_neq_traced"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """What the backward of a layer does.
+class Traced:
+    """What of a layer's work goes into a graph of torch.compile.
 
-    `kernel`: the name of the one that computes `rows`, which are None where every neuron is frozen.
-    `cut`: the input gradient flows through trainable neurons only. `shape`: of a convolution.
+    A graph is traced for one `cut` (see Work), and where nothing upstream of the layer trains for
+    one `whole` (every neuron is frozen): the gradient ends there. `work` and, of a normalisation
+    layer, `trains` (1 or 0 for each neuron) are tensors that a graph is given.
     """
 
-    kernel: str
-    rows: Rows | None
-    cut: bool
-    shape: Geometry | None
+    def __init__(self, module: nn.Module, cut: bool) -> None:
+        self.cut = cut
+        shape, self.arguments = geometry(module), None
+        if shape is not None:
+            zeros = (0,) * len(shape.stride)
+            static = shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups
+            self.arguments = static
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        nobody = torch.zeros(len(weight), dtype=torch.bool)
+        groups = 1 if shape is None else shape.groups
+        self._everyone = Work("dense", everything(nobody, groups), cut, shape)
+        self.assign(module, None)
+
+    def assign(self, module: nn.Module, work: Work | None) -> None:
+        """Let graphs do `work`, and the plain layer's where it is None."""
+        work = work or self._everyone
+        self.whole, self.work = work.rows is None, compiled.handle(work)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self.trains = torch.full(weight.shape[:1], float(not self.whole), device=weight.device)
+        if work.rows is not None:
+            self.trains.index_fill_(0, work.rows.fillers.to(weight.device), 0)
+
+    def ends(self, inputs: Tensor) -> bool:
+        """Whether no gradient leaves the layer: neither for what is upstream nor for its own."""
+        return (self.cut or not inputs.requires_grad) and self.whole
 
 
-WORK = "_neq_work"
+def prepare(module: nn.Module, cut: bool) -> None:
+    """Let a supported layer be told what its backward does, from now on; `cut`: see Work.
+
+    Compiled code is traced for a class: were it to change with the mask, so would the code.
+    """
+    # Another class, not another module: parameters, buffers, hooks and keys stay as they are.
+    module.__class__ = _SELECTIVE[plain_type(module)]
+    module.__dict__[WORK] = None
+    module.__dict__[TRACED] = Traced(module, cut)
 
 
 def assign(module: nn.Module, work: Work | None) -> None:
-    """Let the backward of `module`, a supported layer, do `work`; None: be the plain layer
-    again.
-    """
-    plain = plain_type(module)
-    # Another class, not another module: parameters, buffers, hooks and keys stay as they are.
-    if work is None:
-        module.__class__ = plain
-        module.__dict__.pop(WORK, None)
-    else:
-        module.__class__ = _SELECTIVE[plain]
-        module.__dict__[WORK] = work
+    """Let the backward of `module` do `work`; None: that of the plain layer."""
+    if not isinstance(module, _Selective):
+        prepare(module, work is not None and work.cut)
+    module.__dict__[WORK] = work
+    module.__dict__[TRACED].assign(module, work)
+
+
+def release(module: nn.Module) -> None:
+    """Let `module` be the plain layer again."""
+    module.__class__ = plain_type(module)
+    for name in (WORK, TRACED):
+        module.__dict__.pop(name, None)
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
@@ -98,39 +133,68 @@ def _bare(kind: type[nn.Module]) -> nn.Module:
 
 class _Selective(nn.Module):
     plain: ClassVar[type[nn.Module]]
-    _neq_work: Work
+    _neq_work: Work | None
+    _neq_traced: Traced
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """Copies and pickles are plain layers: what is frozen here is not frozen there."""
-        state = {name: value for name, value in self.__dict__.items() if name != WORK}
+        state = {name: value for name, value in self.__dict__.items() if name not in (WORK, TRACED)}
         return _bare, (self.plain,), state
 
     def _reached(self, inputs: Tensor) -> Tensor:
         """The input, cut off from its graph where nothing flows back."""
-        return inputs.detach() if self._neq_work.cut and self._neq_work.rows is None else inputs
+        work = self._neq_work
+        return inputs.detach() if work is not None and work.cut and work.rows is None else inputs
 
 
 def selecting() -> bool:
     """Whether a backward may follow that these layers know how to shorten.
 
-    torch.compile and torch.func trace a forward: they must see the plain layer.
+    torch.export and torch.func trace a forward: they must see the plain layer.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transformed():
         return False
     return torch.is_grad_enabled() and forward_ad._current_level < 0
 
 
+def tracing() -> bool:
+    """Whether torch.compile traces a forward that such a backward may follow."""
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    return torch.is_grad_enabled()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class _Convolution(_Selective):
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        if not selecting():
+        if tracing() and not transformed():
+            return self._traced_forward(inputs, weight, bias)
+        if self._neq_work is None or not selecting():
             return super()._conv_forward(inputs, weight, bias)  # type: ignore[misc]
         # Frozen whole: with its parameters detached autograd itself stops where nothing upstream
         # trains. Toggling requires_grad would break DistributedDataParallel at the next step.
         if self._neq_work.rows is None:
             weight, bias = _detached(weight), _detached(bias)
-        inputs = self._reached(inputs)
+        return self._convolved(self._reached(inputs), weight, bias, convolution, self._neq_work)
+
+    def _traced_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        traced = self._neq_traced
+        compiled.note_graph()
+        if traced.ends(inputs):
+            return super()._conv_forward(inputs, weight, bias).detach()  # type: ignore[misc]
+        how = traced.work, traced.arguments, traced.cut
+        return self._convolved(inputs, weight, bias, compiled.convolution, *how)
+
+    def _convolved(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, function: Any, *how: Any
+    ) -> Any:
+        """By `function`, which is told `how`."""
         if inputs.dim() < weight.dim():
-            return self._conv_forward(inputs[None], weight, bias)[0]
+            return self._convolved(inputs[None], weight, bias, function, *how)[0]
         if _pads(self):
             inputs = _pad(inputs, self)
         inputs, weight, bias = _cast(inputs, weight, bias)
@@ -138,19 +202,32 @@ class _Convolution(_Selective):
         # output, which could not be changed in place.
         if inputs.dim() == 3:
             lifted = inputs.unsqueeze(2), weight.unsqueeze(2), bias
-            return _convolution(*lifted, self._neq_work).squeeze(2)
-        return _convolution(inputs, weight, bias, self._neq_work)
+            return function(*lifted, *how).squeeze(2)
+        return function(inputs, weight, bias, *how)
 
 
 class _Linear(_Selective):
     def forward(self, input: Tensor) -> Any:
-        if not selecting():
+        if tracing() and not transformed():
+            return self._traced_forward(input)
+        if self._neq_work is None or not selecting():
             return super().forward(input)
         input = self._reached(input)
         if self._neq_work.rows is None:
             return functional.linear(input, _detached(self.weight), _detached(self.bias))
+        return self._product(input, linear, self._neq_work)
+
+    def _traced_forward(self, input: Tensor) -> Any:
+        traced = self._neq_traced
+        compiled.note_graph()
+        if traced.ends(input):
+            return super().forward(input).detach()
+        return self._product(input, compiled.linear, traced.work, traced.cut)
+
+    def _product(self, input: Tensor, function: Any, *how: Any) -> Tensor:
+        """By `function`, which is told `how`."""
         x, weight, bias = _cast(input, self.weight, self.bias)
-        output = _linear(x.reshape(-1, x.shape[-1]), weight, bias, self._neq_work)
+        output: Tensor = function(x.reshape(-1, x.shape[-1]), weight, bias, *how)
         return output.view(*input.shape[:-1], output.shape[-1])
 
 
@@ -158,7 +235,9 @@ class _Norm(_Selective):
     """Sums over all channels are part of the dense kernel: fewer rows were seen to cost more."""
 
     def forward(self, input: Tensor) -> Any:
-        if not selecting():
+        if tracing() and not transformed():
+            return self._traced_forward(input)
+        if self._neq_work is None or not selecting():
             return super().forward(input)
         if self._neq_work.rows is None:
             with self._frozen():
@@ -166,6 +245,20 @@ class _Norm(_Selective):
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         with saved_tensors_hooks(*self._around(*outer) if outer else (self._pack, _unpack)):
             return super().forward(input)
+
+    def _traced_forward(self, input: Tensor) -> Any:
+        traced = self._neq_traced
+        compiled.note_graph()
+        output = super().forward(input)
+        if traced.ends(input):
+            return output.detach()
+        if not traced.cut:
+            return output
+        # With the output's gradient masked, that of the input and of the rows vanish alike.
+        axis = -1 if self.plain is nn.LayerNorm else 1
+        shape = [-1 if i == axis % output.dim() else 1 for i in range(output.dim())]
+        mask = traced.trains.to(output.device, output.dtype).view(shape)
+        return compiled.masked(output, mask)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -186,14 +279,15 @@ class _Norm(_Selective):
 
     def _passing(self, saved: Tensor) -> Tensor:
         """The backward multiplies by the weight it finds: zero for what passes nothing on."""
-        weight, rows = self.weight, self._neq_work.rows
+        weight, work = self.weight, self._neq_work
         assert isinstance(weight, Tensor)
-        assert rows is not None
+        assert work is not None
+        assert work.rows is not None
         # Of a parameter, or of a part of one that holds several flattened.
         same = saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
         if not same or saved.storage_offset() != weight.storage_offset():
             return saved
-        return weight.detach().index_fill(0, rows.fillers, 0)
+        return weight.detach().index_fill(0, work.rows.fillers, 0)
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
@@ -215,136 +309,6 @@ def _cast(*tensors: Any) -> list[Any]:
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
-
-def _needed(ctx: Any) -> tuple[bool, bool, bool]:
-    """Whether this backward is asked for the gradients of input, weight and bias.
-
-    needs_input_grad stays true for what `autograd.grad` does not ask for.
-    """
-    nodes = [node for node, _ in ctx.next_functions] + [None]  # a bias that is None has no node
-    inputs, weight, bias = (_executes(node) for node in nodes[:3])
-    return inputs, weight, bias
-
-
-def _executes(node: Any) -> bool:
-    try:
-        return node is not None and torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf that `autograd.grad` asks for
-        return True
-
-
-class _ConvolutionFunction(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
-        assert work.shape is not None
-        _save(ctx, x, weight, work)
-        return work.shape.forward(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        if x is None:  # frozen whole: the input was not kept
-            x = gradient.new_empty_strided(*ctx.like)  # its values are never read
-        work, shape = ctx.work, ctx.work.shape
-        needs_input, needs_weight, needs_bias = needed = _needed(ctx)
-        if work.kernel == "dense":
-            if weight is None:  # nobody needs its values
-                weight = gradient.new_empty(shape.weight)
-            rows = work.rows.to(gradient.device)
-            if needs_input and work.cut:
-                gradient, weight = _without(rows, gradient, weight)
-            return *_zeroed(rows, *shape.gradients(gradient, x, weight, needed)), None
-        by_input = by_weight = by_bias = None
-        # From all channels, frozen or not: what flows through a frozen neuron still counts.
-        if needs_input and not work.cut:
-            by_input = shape.input_gradient(gradient, x, weight)
-        if work.rows is None:
-            return by_input, None, None, None
-        rows = work.rows.to(gradient.device)
-        chosen = rows.gather(gradient)
-        if needs_input and work.cut:
-            by_input = _through_rows(chosen, x, weight, shape, rows)
-        if needs_weight:
-            computed = KERNELS[work.kernel](chosen, x, shape, rows)
-            by_weight = rows.scatter(computed, *ctx.weight_like)
-        if needs_bias:
-            summed = chosen.sum([0, *range(2, chosen.dim())])
-            by_bias = rows.scatter(summed, gradient.shape[1:2], (1,))
-        return by_input, by_weight, by_bias, None
-
-
-def _save(ctx: Any, x: Tensor, weight: Tensor, work: Work) -> None:
-    """Keep for the backward what it needs, and no more."""
-    needs_input, needs_weight, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs_weight else None, weight if needs_input else None)
-    ctx.work, ctx.like = work, (x.shape, x.stride())
-    ctx.weight_like = weight.shape, weight.stride()
-
-
-def _without(rows: Rows, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The output's gradient and the weight, one of them with zeros for rows that do not train.
-
-    Their product is the input gradient, so that the smaller one is enough.
-    """
-    if weight.numel() <= gradient.numel():
-        return gradient, weight.index_fill(0, rows.fillers, 0)
-    return gradient.index_fill(1, rows.fillers, 0), weight
-
-
-def _zeroed(rows: Rows, by_input: Any, by_weight: Any, by_bias: Any) -> tuple[Any, Any, Any]:
-    """Fresh gradients of a layer, with zeros for rows that do not train.
-
-    No hook clears what `autograd.grad` returns.
-    """
-    for computed in (by_weight, by_bias):
-        if computed is not None:
-            computed.index_fill_(0, rows.fillers, 0)
-    return by_input, by_weight, by_bias
-
-
-def _through_rows(chosen: Tensor, x: Tensor, weight: Tensor, shape: Geometry, rows: Rows) -> Tensor:
-    """The input gradient from the `chosen` gradient channels, as far as they train."""
-    part = replace(shape, groups=rows.groups)
-    like = x if rows.inputs is None else channels(x, rows.inputs)
-    gradient = part.input_gradient(chosen, like, rows.weights(weight))
-    if rows.inputs is None:
-        return gradient
-    return torch.zeros_like(x).index_copy(1, rows.inputs, gradient)
-
-
-class _LinearFunction(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
-        _save(ctx, x, weight, work)
-        return functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        rows = ctx.work.rows.to(gradient.device)
-        needs_input, needs_weight, needs_bias = _needed(ctx)
-        if ctx.work.kernel == "dense":
-            if needs_input and ctx.work.cut:
-                gradient, weight = _without(rows, gradient, weight)
-            by_input = gradient @ weight if needs_input else None
-            by_weight = gradient.t() @ x if needs_weight else None
-            by_bias = gradient.sum(0) if needs_bias else None
-            return *_zeroed(rows, by_input, by_weight, by_bias), None
-        chosen = rows.gather(gradient)
-        by_input = by_weight = by_bias = None
-        if needs_input:
-            by_input = chosen @ rows.weights(weight) if ctx.work.cut else gradient @ weight
-        if needs_weight:
-            by_weight = rows.scatter(chosen.t() @ x, *ctx.weight_like)
-        if needs_bias:
-            by_bias = rows.scatter(chosen.sum(0), gradient.shape[1:], (1,))
-        return by_input, by_weight, by_bias, None
-
-
-_convolution: Any = _ConvolutionFunction.apply
-_linear: Any = _LinearFunction.apply
 
 _BASES: dict[type[nn.Module], type[_Selective]] = {
     nn.Conv1d: _Convolution,

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neq.compiled import compiler_of, forget
+from neq.evaluation import uncompiled
 from neq.kernels import MOST, candidates, rows_for
-from neq.neurons import Layer, NeuronIndex
-from neq.selective import Work, assign, geometry
+from neq.neurons import Layer, NeuronIndex, unwrapped
+from neq.selective import assign, geometry, prepare
+from neq.work import Work
 
 GAIN = 0.95  # a kernel is taken where its time is below this share of the dense backward's
 SECONDS = 0.1  # per shape, but at least two rounds
@@ -101,12 +104,15 @@ def measure(model: nn.Module, inputs: Tensor, masks: Sequence[Tensor] | None = N
 
     `inputs` [samples, …]: on the model's device, in the memory format of training; call it under
     the autocast of training. `masks`, bool [neurons] each: only what a plan for one of them looks
-    up is timed; None: what any plan does. Model and random streams are left as they were.
+    up is timed; None: what any plan does. Layers of a compiled model are compiled, each by itself.
+    Model and random streams are left as they were.
     """
     devices = [inputs.device] if inputs.is_cuda else []
     found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    compiler, plain = compiler_of(model), unwrapped(model)
     with torch.random.fork_rng(devices), torch.enable_grad():
-        calls = _calls(copy.deepcopy(model).train(), inputs)
+        with uncompiled():
+            calls = _calls(copy.deepcopy(plain).train(), inputs)
         keys = {layer.name: (repr(layer.module), sample) for layer, sample in calls}
         asked: dict[tuple[Any, ...], set[int]] = {}
         for layer, _ in calls:
@@ -114,7 +120,8 @@ def measure(model: nn.Module, inputs: Tensor, masks: Sequence[Tensor] | None = N
         for layer, sample in calls:
             key = keys[layer.name]
             if key not in found:
-                found[key] = _time(layer, sample, None if masks is None else asked[key])
+                rows = None if masks is None else asked[key]
+                found[key] = _time(layer, sample, rows, compiler)
     return Timings({name: found[key] for name, key in keys.items()})
 
 
@@ -168,11 +175,11 @@ def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
 
 
 def _time(
-    layer: Layer, sample: _Sample, asked: Collection[int] | None
+    layer: Layer, sample: _Sample, asked: Collection[int] | None, compiler: Any
 ) -> dict[str, dict[int, float]]:
     """Best seconds of one forward and backward, by kernel and rows; one round warms up.
 
-    `asked`: how many rows are looked up; None: any number.
+    `asked`: how many rows are looked up; None: any number. `compiler`: of torch.compile, or None.
     """
     x = sample.make()
     with torch.no_grad():
@@ -180,15 +187,20 @@ def _time(
     runs = _runs(layer, x, gradient.dtype)
     if asked is not None:
         runs = _looked_up(runs, asked)
+    call = _caller(layer.module)
+    run = call if compiler is None else torch.compile(call, backend=compiler, dynamic=False)
     best: dict[str, dict[int, float]] = {}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or (rounds < 20 and time.perf_counter() - start < SECONDS):
         for kernel, rows, work in runs:
+            prepare(layer.module, work is not None and work.cut)
             assign(layer.module, work)
-            seconds = _once(layer.module, x, gradient)
+            seconds = _once(layer.module, run, x, gradient)
             times = best.setdefault(kernel, {})
             times[rows] = min(seconds, times.get(rows, inf)) if rounds else inf
         rounds += 1
+    if compiler is not None:
+        forget(call.__code__)
     return best
 
 
@@ -229,9 +241,19 @@ def _runs(layer: Layer, x: Tensor, dtype: torch.dtype) -> list[Run]:
     return runs
 
 
-def _once(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
+def _caller(module: nn.Module) -> Any:
+    def call(x: Tensor) -> Any:
+        return module(x)
+
+    # A code object of its own: dynamo keeps graphs by those, makes shapes dynamic that differ in
+    # one, and compiles none after the eighth.
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+def _once(module: nn.Module, run: Any, x: Tensor, gradient: Tensor) -> float:
     with stopwatch(x.device) as seconds:
-        module(x).backward(gradient)
+        run(x).backward(gradient)
     for tensor in (x, *module.parameters()):
         tensor.grad = None
     return seconds[0]

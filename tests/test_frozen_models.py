@@ -244,13 +244,3 @@ def test_a_weight_that_its_owner_does_not_train(net):
 def test_complex_layers_are_not_supported():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4, dtype=torch.complex64))
     assert neq.NeuronIndex(model).unsupported == {"1": "its parameters are complex"}
-
-
-def test_a_compiled_model_computes_densely(net):
-    compiled = torch.compile(net)
-    mask = some(net)
-    freezer = freeze(compiled, mask, torch.optim.SGD(net.parameters(), lr=0.1))
-    assert {part.kernel for part in freezer.plan.values()} == {"dense"}
-    assert type(net.conv) is nn.Conv2d
-    with pytest.raises(ValueError, match="not compiled"):
-        neq.NeuronFreezer(compiled, torch.optim.SGD(net.parameters(), lr=0.1), gradient="cut")

@@ -30,7 +30,8 @@ from harness.train.tuning import Tuning, autocast, numerics
 from harness.vision import torchvision
 from neq.kernels import candidates, rows_for
 from neq.required import BATCH
-from neq.selective import Work, assign, geometry
+from neq.selective import assign, geometry
+from neq.work import Work
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq
 from neq.kernels import KERNELS, rows_for
-from neq.selective import Work, assign, geometry
+from neq.selective import assign, geometry
+from neq.work import Work
 
 # torch's own, once a process, where one side has to be padded more.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -6,7 +6,8 @@ from torch import nn
 
 import neq
 from neq.kernels import rows_for
-from neq.selective import Work, assign, geometry
+from neq.selective import assign, geometry
+from neq.work import Work
 
 
 @pytest.fixture

@@ -1,0 +1,228 @@
+"""The backward of layers inside a graph of torch.compile: new rows are no new graph.
+
+The graph holds opaque operators. They are told what to do by a number in a tensor, which the layer
+gives its forward and the graph keeps for the backward: another mask is another number. The rest,
+with the forward, is aten's, and the compiler's to fuse.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import CodeType
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from neq.work import Work
+
+GRAPHS = 5  # of a layer that dynamo keeps; its own limit, after which it stays eager, is eight
+
+_numbers = count()
+_works: dict[int, Work] = {}
+
+
+def handle(work: Work) -> Tensor:
+    """A tensor, int64 [] on the CPU, that stands for `work` in a graph, and keeps it alive."""
+    number = next(_numbers)
+    _works[number] = work
+    tensor = torch.tensor(number)
+    finalize(tensor, _works.pop, number)
+    return tensor
+
+
+def _weight_gradient(
+    gradient: Tensor, inputs: Tensor, work: Tensor, size: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    return _works[int(work)].weight_gradient(gradient, inputs, torch.Size(size), tuple(stride))
+
+
+def _input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, work: Tensor) -> Tensor:
+    found = _works[int(work)].input_gradient(gradient, inputs, weight)
+    like = torch.empty_like(inputs)
+    return found if found.stride() == like.stride() else like.copy_(found)
+
+
+_BODIES: dict[str, Callable[..., Tensor]] = {
+    "weight_gradient": _weight_gradient,
+    "input_gradient": _input_gradient,
+}
+# Row counts are fixed in a CUDA graph: these stay outside.
+_TAGS = [torch.Tag.cudagraph_unsafe]
+_operators = {
+    name: torch.library.custom_op(f"neq::{name}", mutates_args=(), tags=_TAGS)(body)
+    for name, body in _BODIES.items()
+}
+
+
+_operators["weight_gradient"].register_fake(
+    lambda gradient, inputs, work, size, stride: gradient.new_empty_strided(size, stride)
+)
+_operators["input_gradient"].register_fake(
+    lambda gradient, inputs, weight, work: torch.empty_like(inputs)
+)
+
+
+def flop_rules(mapping: dict[Any, Any]) -> dict[Any, Callable[..., int]]:
+    """Rules for FlopCounterMode: it counts what is computed inside the operators, by the rules of
+    `mapping` and its own. For that their work is done once more.
+    """
+
+    def rule(body: Callable[..., Tensor]) -> Callable[..., int]:
+        def count_again(*args: Any, out_val: Any = None, **keywords: Any) -> int:
+            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+                body(*args, **keywords)
+            return int(counter.get_total_flops())
+
+        count_again._get_raw = True  # type: ignore[attr-defined]
+        return count_again
+
+    return {getattr(torch.ops.neq, name): rule(body) for name, body in _BODIES.items()}
+
+
+for _operator, _rule in flop_rules({}).items():
+    register_flop_formula(_operator, get_raw=True)(_rule)
+
+
+# Dynamo makes gradients contiguous in a backward that asks for shape, strides or layout of what it
+# is given: these are kept by the forward.
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        work: Tensor,
+        arguments: Any,
+        cut: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, work)
+        ctx.arguments, ctx.cut, ctx.like = arguments, cut, (weight.shape, weight.stride())
+        ctx.places = [0, *range(2, x.dim())]
+        return torch.convolution(x, weight, bias, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        x, weight, work = ctx.saved_tensors
+        by_input = by_weight = by_bias = None
+        if ctx.needs_input_grad[0] and ctx.cut:
+            by_input = torch.ops.neq.input_gradient(gradient, x, weight, work)
+        elif ctx.needs_input_grad[0]:
+            only = [True, False, False]
+            by_input = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, *ctx.arguments, only
+            )[0]
+        if ctx.needs_input_grad[1]:
+            by_weight = torch.ops.neq.weight_gradient(gradient, x, work, *ctx.like)
+        if ctx.needs_input_grad[2]:
+            by_bias = gradient.sum(ctx.places)
+        return by_input, by_weight, by_bias, None, None, None
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Tensor, cut: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, work)
+        ctx.cut, ctx.like = cut, (weight.shape, weight.stride())
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        x, weight, work = ctx.saved_tensors
+        by_input = by_weight = by_bias = None
+        if ctx.needs_input_grad[0] and ctx.cut:
+            by_input = torch.ops.neq.input_gradient(gradient, x, weight, work)
+        elif ctx.needs_input_grad[0]:
+            by_input = gradient @ weight
+        if ctx.needs_input_grad[1]:
+            by_weight = torch.ops.neq.weight_gradient(gradient, x, work, *ctx.like)
+        if ctx.needs_input_grad[2]:
+            by_bias = gradient.sum(0)
+        return by_input, by_weight, by_bias, None, None
+
+
+class _Masked(Function):
+    """The identity, whose gradient is multiplied by a mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return gradients[0] * mask, None
+
+
+convolution: Any = _Convolution.apply
+linear: Any = _Linear.apply
+masked: Any = _Masked.apply
+
+
+# Compilations of each function with a layer in it, by its code's id: equal code is not the same.
+_graphs: dict[int, tuple[CodeType, set[Any]]] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def note_graph() -> None:
+    """Called while dynamo traces a layer: take note of the graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._guards import CompileContext
+
+    code = InstructionTranslator.current_tx().output.root_tx.f_code
+    _graphs.setdefault(id(code), (code, set()))[1].add(CompileContext.current_compile_id())
+
+
+def graphs() -> int:
+    """How many graphs dynamo has traced, and may still keep, of the function with the most."""
+    return max((len(found) for _, found in _graphs.values()), default=0)
+
+
+def make_room() -> bool:
+    """Let dynamo forget the graphs of functions that have as many as are kept; whether any has."""
+    full = [code for code, found in _graphs.values() if len(found) >= GRAPHS]
+    for code in full:
+        forget(code)
+    return bool(full)
+
+
+def forget(code: CodeType) -> None:
+    """Let dynamo forget the graphs of the function with that code."""
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    _graphs.pop(id(code), None)
+    remove_from_cache(code)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to it or to a part of it, or their `compile` was called.
+
+    Of a function that calls the model, and is compiled itself, nobody can tell.
+    """
+    return compiler_of(model) is not None
+
+
+def compiler_of(model: nn.Module) -> Any:
+    """The backend that the model, or a part of it, is compiled with; None where none is.
+
+    Where torch does not tell, its default.
+    """
+    for module in model.modules():
+        inside = module._compiled_call_impl  # by `module.compile()`
+        if inside is None and not hasattr(module, "_orig_mod"):
+            continue
+        context = inspect.getclosurevars(inside).nonlocals.get("self") if inside else module
+        backend: Any = getattr(getattr(context, "dynamo_ctx", context), "callback", None)
+        while hasattr(backend, "_torchdynamo_orig_backend"):
+            backend = backend._torchdynamo_orig_backend
+        return backend or "inductor"
+    return None
