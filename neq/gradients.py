@@ -228,7 +228,9 @@ class _Tie:
         self.parameters: list[Tensor] = []
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        self.traced = traced = tracing()
+        traced = tracing()
+        if traced or not torch.compiler.is_compiling():
+            self.traced = traced
         if not traced and not (self.needed and selecting()):
             return output
         graph = any(t.requires_grad for t in _tensors(output))

@@ -159,7 +159,8 @@ def selecting() -> bool:
 
 def tracing() -> bool:
     """Whether torch.compile traces a forward that such a backward may follow."""
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+    # Not is_exporting(): dynamo of torch 2.11 takes it for true wherever it traces.
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag:
         return False
     return torch.is_grad_enabled()
 
