@@ -34,14 +34,23 @@ def handle(work: Work) -> Tensor:
     return tensor
 
 
+def _asked(work: Tensor, gradient: Tensor) -> Work:
+    if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph would keep the rows of this mask: capture it without a NeuronFreezer"
+        )
+    return _works[int(work)]
+
+
 def _weight_gradient(
     gradient: Tensor, inputs: Tensor, work: Tensor, size: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    return _works[int(work)].weight_gradient(gradient, inputs, torch.Size(size), tuple(stride))
+    asked = _asked(work, gradient)
+    return asked.weight_gradient(gradient, inputs, torch.Size(size), tuple(stride))
 
 
 def _input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, work: Tensor) -> Tensor:
-    found = _works[int(work)].input_gradient(gradient, inputs, weight)
+    found = _asked(work, gradient).input_gradient(gradient, inputs, weight)
     like = torch.empty_like(inputs)
     return found if found.stride() == like.stride() else like.copy_(found)
 
@@ -50,7 +59,7 @@ _BODIES: dict[str, Callable[..., Tensor]] = {
     "weight_gradient": _weight_gradient,
     "input_gradient": _input_gradient,
 }
-# Row counts are fixed in a CUDA graph: these stay outside.
+# Row counts are fixed in a CUDA graph (mode="reduce-overhead"): inductor leaves these outside.
 _TAGS = [torch.Tag.cudagraph_unsafe]
 _operators = {
     name: torch.library.custom_op(f"neq::{name}", mutates_args=(), tags=_TAGS)(body)

@@ -81,7 +81,9 @@ def assign(module: nn.Module, work: Work | None) -> None:
 
 def release(module: nn.Module) -> None:
     """Let `module` be the plain layer again."""
-    module.__class__ = plain_type(module)
+    plain = plain_type(module)
+    if type(module) is _SELECTIVE[plain]:  # a parametrisation has made it another one
+        module.__class__ = plain
     for name in (WORK, TRACED):
         module.__dict__.pop(name, None)
 

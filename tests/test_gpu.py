@@ -28,6 +28,7 @@ from harness.train.kept import kept_for_backward
 from harness.train.loop import Loop
 from harness.train.tuning import Tuning, autocast, numerics
 from harness.vision import torchvision
+from neq import compiled
 from neq.kernels import candidates, rows_for
 from neq.required import BATCH
 from neq.selective import assign, geometry
@@ -99,6 +100,35 @@ def test_frozen_rows_keep_their_bits_and_the_others_move(net, optimizer, precisi
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), everything, strict=True)]
     assert sum(moved) >= len(moved) - 2  # all but the first layer's weight and bias
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("gradient", ["exact", "cut"])
+def test_compiled_layers_do_what_eager_ones_do(net, gradient, mode, exact):
+    net.drop.p = 0.0
+    net.to(DEVICE)
+    eager = copy.deepcopy(net)
+    call = torch.compile(net, mode=mode)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, 0.9) for m in (net, eager)]
+    freezers = [
+        neq.NeuronFreezer(model, optimizer, neq.Everyone(), gradient=gradient)
+        for model, optimizer in zip((call, eager), optimizers, strict=True)
+    ]
+    for number, (inputs, _) in enumerate(random_batches(12)):
+        mask = drawn(freezers[0].neurons, seed=number // 3)
+        mask[[part.start for _, part in freezers[0].neurons.items()]] = False
+        for freezer in freezers:
+            freezer.freeze(mask)
+        for model, optimizer in zip((call, eager), optimizers, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            optimizer.zero_grad()
+            model(inputs.to(DEVICE)).square().mean().backward()
+        for mine, plain in zip(net.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-3, atol=1e-4)
+        for optimizer in optimizers:
+            optimizer.step()
+        eager.load_state_dict(net.state_dict())
+    assert compiled.graphs() == 1
 
 
 LAYERS = {
