@@ -82,7 +82,8 @@ def assign(module: nn.Module, work: Work | None) -> None:
 def release(module: nn.Module) -> None:
     """Let `module` be the plain layer again."""
     plain = plain_type(module)
-    if type(module) is _SELECTIVE[plain]:  # a parametrisation has made it another one
+    selective: type[nn.Module] = _SELECTIVE[plain]
+    if type(module) is selective:  # else a parametrisation has made it another one
         module.__class__ = plain
     for name in (WORK, TRACED):
         module.__dict__.pop(name, None)

@@ -1,5 +1,6 @@
 """Who else is on the device: other runs' trials, and other processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_no_time_verdict_above_the_bound(tmp_path):
     assert not table.timing_shared
     assert row_of(table, "neq").measured.seconds_verdict is None
     assert results(small("neq"), tmp_path)[1].num_rows == 5
+
+
+def test_no_time_verdict_where_trials_compile(tmp_path):
+    for seed in range(2):
+        run(small("baseline", seed=seed), tmp_path)
+        key = small("baseline", seed=seed).key
+        altered(tmp_path, key, "epochs", "other_load", 0.0)
+        experiment = json.loads(Store(tmp_path, "digits").trial(key)["experiment"])
+        experiment["recipe"]["compile"] = True
+        altered(tmp_path, key, "trials", "experiment", json.dumps(experiment))
+    (table,) = load_report([Store(tmp_path, "digits")]).groups
+    assert table.timing_withheld == "the seconds of trials include compiling"
+    assert not table.timing_shared
 
 
 def test_a_process_on_the_gpu_for_an_epoch_is_too_many(tmp_path):

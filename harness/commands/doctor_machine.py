@@ -55,6 +55,7 @@ def examine_machine(results: str, address: str | None) -> Iterator[Finding]:
         "versions": _versions,
         "torch and torchvision": _torch,
         "GPU": _gpu,
+        "compiler": _compiler,
         "Ray": lambda: _ray(address),
         "results": lambda: _results(results),
         "space": lambda: _space(results),
@@ -122,6 +123,22 @@ def _gpu() -> Iterator[Finding]:
         bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bf16"
         found = f"{properties.name}, {memory:.0f} GiB, driver {driver}{bf16}"
         yield Finding(f"GPU {number}", found=found)
+
+
+def _compiler() -> Iterator[Finding]:
+    """Of torch.compile, which a suite may ask for."""
+    import torch
+
+    from harness.train.compiling import check_compiler
+
+    gpu = torch.cuda.is_available()
+    try:
+        check_compiler(torch.device("cuda" if gpu else "cpu"))
+    except UserError as error:
+        yield Finding("compiler", found=str(error), note=True)
+    else:
+        where = "GPU" if gpu else "CPU"
+        yield Finding("compiler", found=f"torch.compile finds what it needs for the {where}")
 
 
 def _ray(address: str | None) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from harness.report.groups import conditions
 from harness.report.intervals import Interval, difference, direction, ratio
 from harness.report.model import GroupTable, load_report, plain
 from harness.report.notes import commits, versions
-from harness.report.per_trial import by_seed, devices, timing_withheld
+from harness.report.per_trial import by_seed, devices, seconds_withheld
 from harness.storage.store import Store
 
 COLUMNS = {name: name for name in (*POINTS, *PERCENT)} | {"metric": "value"}  # of `per_trial`
@@ -177,7 +177,7 @@ def _part(table: GroupTable, method: str, parameters: str, rows: pd.DataFrame) -
         conditions=conditions(rows.iloc[0].to_dict()) | json.loads(parameters),
         values={name: by_seed(rows, column) for name, column in COLUMNS.items()},
         devices=devices(rows),
-        untimed=timing_withheld(rows) is not None,
+        untimed=seconds_withheld(rows) is not None,
         prunes=bool(rows["size"].notna().any()),
         removed_on=set(removed["removed_on"]),
         removed_busy=bool(removed["removed_busy"].any()),
@@ -310,8 +310,8 @@ def _notes(sides: list[_Side], methods: list[Compared]) -> list[str]:
         notes.append("A and B ran at different times: seconds compare the machine's moods, too.")
     elif any(method.changes for method in methods):
         notes.append(
-            "Seconds are not compared: trials shared a device, other processes were busy, or "
-            "devices differ."
+            "Seconds are not compared: trials shared a device, other processes were busy, "
+            "compiling was among them, or devices differ."
         )
     known = {change.quantity for method in methods for change in method.changes}
     if "parameters" in known and "latency" not in known:

@@ -14,7 +14,7 @@ from harness.report.beside import entropies
 from harness.report.grouped import GroupedRow, grouped
 from harness.report.method_row import MethodRow
 from harness.report.methods import labels, method_rows
-from harness.report.per_trial import Labels, device_shared, devices, per_trial, timing_withheld
+from harness.report.per_trial import Labels, device_shared, devices, per_trial, seconds_withheld
 from harness.report.phases import Phase, phases
 from harness.report.pruned_parts import LayerEntropy
 from harness.report.published import PaperComparison, against_published
@@ -216,7 +216,7 @@ def _group(
     experiment = json.loads(first["experiment"])
     synthetic = bool(experiment["data"].get("synthetic"))
     margin = MARGIN if request.margin is None else request.margin
-    alike, withheld = len(devices(state.done)) == 1, timing_withheld(done)
+    alike, withheld = len(devices(state.done)) == 1, seconds_withheld(done)
     rows = method_rows(
         done,
         state.failures,

@@ -139,6 +139,13 @@ def device_shared(done: pd.DataFrame) -> bool:
     return bool((done["trials_on_device"] != 1).any())
 
 
+def seconds_withheld(done: pd.DataFrame) -> str | None:
+    """As timing_withheld, of the seconds of training alone: each new graph is compiled in them."""
+    if any(json.loads(text)["recipe"].get("compile") for text in done["experiment"].unique()):
+        return "the seconds of trials include compiling"
+    return timing_withheld(done)
+
+
 def timing_withheld(done: pd.DataFrame) -> str | None:
     """Why the seconds of these trials (of `per_trial`), or of their replays, are no measurement;
     None where they are.

@@ -22,7 +22,7 @@ from harness.storage.provenance import Slot
 from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 from harness.suite.config import TrialSpec
-from harness.train.tuning import check_precision
+from harness.train.tuning import check_recipe
 
 Events = Generator[tuple[TrialSpec, Event | None]]
 
@@ -170,7 +170,7 @@ def _slot_here(spec: TrialSpec) -> Slot:
             "--executor inline out, or start them with "
             f"torchrun --nproc-per-node {wanted.world_size} -m harness run …"
         )
-    check_precision(spec.suite.recipe.precision, parallel.device(gpu))
+    check_recipe(spec.suite.recipe, parallel.device(gpu))
     return Slot(gpu, 1)
 
 

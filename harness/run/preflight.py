@@ -18,7 +18,6 @@ from harness.data.load import load_data
 from harness.errors import UserError, with_origin
 from harness.flops.costs import Costs
 from harness.flops.subject import costs_of
-from harness.methods.building import build_method
 from harness.methods.training import Training, Weights
 from harness.run.rehearsal import rehearse
 from harness.seeds import restored
@@ -27,6 +26,7 @@ from harness.suite.config import Suite, TrialSpec
 from harness.tasks import Task, build_task
 from harness.train import weights
 from harness.train.analysis import check_sharpness
+from harness.train.compiling import build
 from harness.train.optimizers import build_optimizer, check_followed
 from harness.train.probe import check_probe
 
@@ -94,7 +94,7 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
             if trial.method_spec.foreign:
                 rehearse(trial, SAMPLES * parallel.workers())
             else:
-                build_method(trial, _untrained(suite, mine, optimizer, counted))
+                build(trial, _untrained(suite, mine, optimizer, counted))
         except UserError as error:
             raise UserError(f"suite {suite.name}: {error}") from None
 

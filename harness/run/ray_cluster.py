@@ -12,8 +12,8 @@ from typing import Any
 from harness import parallel
 from harness.errors import UserError, one_line
 from harness.storage.provenance import Slot
-from harness.suite.config import TrialSpec
-from harness.train.tuning import check_precision
+from harness.suite.config import Recipe, TrialSpec
+from harness.train.tuning import check_recipe
 
 MAX_RETRIES = 3  # of a trial whose workers die again and again at the same epoch
 KNOCK = 5.0  # seconds between looks whether the head is there
@@ -158,23 +158,24 @@ def slots(
 
 
 def check_device(spec: TrialSpec, slot: Slot) -> None:
-    """Raises UserError where the cluster's GPU lacks the suite's precision."""
+    """Raises UserError where a worker of the cluster lacks the recipe's precision or compiler."""
     import ray
 
-    if not slot.gpu:
+    recipe = spec.suite.recipe
+    if not (slot.gpu or recipe.compile):
         return
-    precision, gpus = spec.suite.recipe.precision, spec.suite.resources.gpus_each
+    gpus = spec.suite.resources.gpus_each if slot.gpu else 0
     look = ray.remote(max_calls=1)(_look).options(num_cpus=0, num_gpus=gpus)
     try:
-        ray.get(look.remote(precision), timeout=BUSY)
+        ray.get(look.remote(recipe, slot.gpu), timeout=BUSY)
     except ray.exceptions.GetTimeoutError:
         return  # all are busy: the trials look themselves
     except ray.exceptions.RayError as error:
         raise UserError(f"a worker of the Ray cluster fails: {cause_of_death(error)}") from None
 
 
-def _look(precision: str) -> None:
-    check_precision(precision, parallel.device(gpu=True))
+def _look(recipe: Recipe, gpu: bool) -> None:
+    check_recipe(recipe, parallel.device(gpu))
 
 
 def no_gpu(spec: TrialSpec, where: str) -> str:

@@ -1,7 +1,7 @@
 """A method of a user's own, tried out on a few samples before hours are spent."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from harness.methods.building import CALLS, STATED, check_state, equal
 from harness.seeds import seed_globals
 from harness.suite.config import Sharpness, TrialSpec
 from harness.train.assembly import Assembly, assemble
+from harness.train.compiling import start_anew, without_compiler
 from harness.train.loop import Loop
 from harness.train.tuning import Tuning, numerics
 
@@ -28,18 +29,45 @@ def rehearse(trial: TrialSpec, samples: int) -> None:
     Raises UserError, naming class and hook, for a hook that is missing, fails or can't be called as
     it is; for FLOPs, measures and states that can't be stored; for a state that does not bring the
     method back to where it was; for neurons that are said to stand still, and don't; and for
-    weights that change once the epoch has ended.
+    weights that change once the epoch has ended; where the recipe compiles, also for a method that
+    fails or trains otherwise then.
     """
     recipe = trial.suite.recipe
     short = recipe.model_copy(update={"batch_size": samples, "forward_batch": None})
     often = trial.suite.sharpness and Sharpness(every=1, iterations=1)  # `kept_weights` must fit
-    changes = {"recipe": short, "sharpness": often, "probe": None}
-    suite = trial.suite.model_copy(update=changes)
-    rehearsal = _Rehearsal(trial.model_copy(update={"suite": suite}), samples)
-    with numerics(recipe.precision):
+    changes: dict[str, Any] = {"sharpness": often, "probe": None}
+
+    def rehearsed(compile_it: bool) -> list[Tensor]:
+        changes["recipe"] = short.model_copy(update={"compile": compile_it})
+        suite = trial.suite.model_copy(update=changes)
+        rehearsal = _Rehearsal(trial.model_copy(update={"suite": suite}), samples)
         for epoch in range(min(EPOCHS, recipe.epochs)):
             rehearsal.epoch(epoch)
         rehearsal.check_resumed()
+        return rehearsal.weights()
+
+    with numerics(recipe.precision):
+        plain = rehearsed(False)
+        if recipe.compile:
+            _check_compiled(trial.method, plain, lambda: rehearsed(True))
+
+
+def _check_compiled(
+    method: str, plain: list[Tensor], rehearsed: Callable[[], list[Tensor]]
+) -> None:
+    """Raises UserError where it fails when compiled, or does not come to the `plain` weights."""
+    start_anew()
+    try:
+        with without_compiler():
+            compiled = rehearsed()
+    except UserError as error:
+        raise UserError(f"{error}; without recipe.compile it does not fail") from error
+    pairs = zip(compiled, plain, strict=True)
+    if not all(torch.allclose(ours, theirs, 1e-3, 1e-5, equal_nan=True) for ours, theirs in pairs):
+        raise UserError(
+            f"method {method} trains to other weights with recipe.compile: what it looks at inside "
+            "a forward, or in its graph, a compiled one does not have; drop one of them"
+        )
 
 
 class _Rehearsal:
@@ -82,6 +110,10 @@ class _Rehearsal:
                 "changes weights after end_epoch; change them in a step or in end_epoch, so that "
                 "what is tested is what is kept"
             )
+
+    def weights(self) -> list[Tensor]:
+        """The parameters as they are now."""
+        return list(self._work.model.parameters())
 
     def _rows(self, frozen: Tensor) -> list[Tensor]:
         """The parameters of the neurons that stand still."""

@@ -101,7 +101,8 @@ class Recipe(Strict):
     batch may take a few more, so that no forward has a single sample). The gradient is that of the
     mean of the forwards' mean losses, weighted by their samples.
     `schedule`: how often the scheduler steps; its arguments count epochs either way.
-    `lr_factors`: of the parts of the model that have a learning rate of their own.
+    `lr_factors`: of the parts of the model that have a learning rate of their own. `compile`: the
+    model is trained as torch.compile makes it.
     """
 
     epochs: Count
@@ -112,6 +113,7 @@ class Recipe(Strict):
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     scheduler: TorchClass | None = None
     schedule: Literal["epoch", "iteration"] = "epoch"
+    compile: bool = added(False)
 
     def forward_size(self, workers: int) -> int:
         """Samples of the largest microbatch of one of `workers` workers."""

@@ -18,7 +18,6 @@ from harness.data.load import load_data
 from harness.flops.costs import Backward, Costs, count_costs
 from harness.methods import Method, Training
 from harness.methods.building import (
-    build_method,
     checked_mask,
     checked_readings,
     checked_size,
@@ -34,6 +33,7 @@ from harness.suite.config import TrialSpec
 from harness.suite.parts import build_model
 from harness.tasks import Task, build_task
 from harness.train.analysis import Analysis, analysis_of
+from harness.train.compiling import build, compiled
 from harness.train.evaluation import Evaluator
 from harness.train.optimizers import build_optimizer, check_followed
 from harness.train.tuning import Tuning, tuning_for
@@ -49,9 +49,10 @@ class Assembly:
     """What a trial trains with, on its device.
 
     `name`: of the method; `model`: the bare module; `trained`: the module whose forward is called
-    in training, which averages gradients over workers where there are several. `scheduler`: None
-    where the recipe has none. `training`: what the `method` is given. `tuning`: memory format and
-    kernels in use. `analysis`: what the suite wants to know whatever the method.
+    in training, compiled where the recipe says so, which averages gradients over workers where
+    there are several. `scheduler`: None where the recipe has none. `training`: what the `method` is
+    given. `tuning`: memory format and kernels in use. `analysis`: what the suite wants to know
+    whatever the method.
     """
 
     name: str
@@ -198,16 +199,17 @@ def assemble(
         validation_batches=partial(evaluator.part, "validation"),
         validation_loss=partial(evaluator.loss, "validation"),
     )
-    method = build_method(spec, training)
+    method = build(spec, training)
     # After a freezer's own hook, which clears what stands still; and also where there is none.
     optimizer.register_step_pre_hook(complete_momentum)
+    trained = compiled(model) if recipe.compile else model
     return Assembly(
         name=spec.method,
         device=device,
         batches=batches,
         task=task,
         model=model,
-        trained=model if parallel.workers() == 1 else DistributedDataParallel(model),
+        trained=trained if parallel.workers() == 1 else DistributedDataParallel(trained),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),

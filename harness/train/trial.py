@@ -22,10 +22,11 @@ from harness.storage.recorder import Recorder
 from harness.storage.schema import EpochRecord, flops_columns
 from harness.suite.config import TrialSpec, digest
 from harness.train.assembly import Assembly, assemble
+from harness.train.compiling import start_anew
 from harness.train.energy import Energy
 from harness.train.loop import Loop
 from harness.train.neighbours import Neighbours
-from harness.train.tuning import check_precision
+from harness.train.tuning import check_recipe
 
 
 class DivergedError(Exception):
@@ -65,10 +66,12 @@ class Trial:
         if recorder.complete:
             return
         recipe = self._spec.suite.recipe
-        check_precision(recipe.precision, self._device)
+        check_recipe(recipe, self._device)
         torch.set_num_threads(recorder.threads)
         with self._neighbours.registered():
             work = assemble(self._spec, self._device, location, state)
+            if recipe.compile:
+                start_anew()
             loop = Loop(work, recipe, self._spec.seed)
             if state is None:
                 work.start()

@@ -21,7 +21,8 @@ from harness.errors import UserError
 from harness.storage.locations import Location, StorageError
 from harness.storage.provenance import hardware
 from harness.storage.tuning_cache import make_once
-from harness.suite.config import NUMERICS, Suite, digest
+from harness.suite.config import NUMERICS, Recipe, Suite, digest
+from harness.train import compiling
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GAIN = 0.9  # channels_last is taken where its step takes less than this share of the other's time
@@ -80,10 +81,13 @@ def tuning_for(location: Location, suite: Suite, model: nn.Module) -> Tuning:
         "numerics": NUMERICS,
         "architecture": digest({"modules": repr(model)}),
     }
+    if suite.recipe.compile:  # older tunings keep their names
+        conditions["compile"] = True
 
     def make() -> dict[str, Any]:
         recipe = suite.recipe
-        tuned = tune(model, suite.model.input, batch_size, recipe.precision)
+        how = batch_size, recipe.precision, None, recipe.compile
+        tuned = tune(model, suite.model.input, *how)
         return conditions | tuned.to_json()
 
     name = digest(conditions)
@@ -99,11 +103,12 @@ def tune(
     batch_size: int,
     precision: str,
     masks: Sequence[Tensor] | None = None,
+    compiled: bool = False,
 ) -> Tuning:
     """Time `model`, on its device, in training steps on random batches, and choose.
 
-    `shape`: of one sample; `precision`: float32, bf16 or fp16; `masks`: as of neq.measure. Model
-    and random streams are left as they were.
+    `shape`: of one sample; `precision`: float32, bf16 or fp16; `masks`: as of neq.measure;
+    `compiled`: whether the steps are. Model and random streams are left as they were.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -111,10 +116,13 @@ def tune(
         formats = [Tuning(False)]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             formats.append(Tuning(True))
-        best = formats[0] if len(formats) == 1 else _fastest(formats, model, images, precision)
-        copied = best.convert(copy.deepcopy(model))
+        best = formats[0]
+        if len(formats) > 1:
+            copied = (_copied(model, each, compiled) for each in formats)
+            best = _fastest(formats, [*copied], images, precision)
+        chosen = _copied(model, best, compiled)
         with autocast(device.type, precision):
-            timings = neq.measure(copied, best.apply(images), masks)
+            timings = neq.measure(chosen, best.apply(images), masks)
     return Tuning(best.channels_last, timings)
 
 
@@ -125,6 +133,13 @@ def numerics(precision: str) -> Iterator[None]:
         enabled=True, benchmark=False, deterministic=True, allow_tf32=precision != "float32"
     ):
         yield
+
+
+def check_recipe(recipe: Recipe, device: torch.device) -> None:
+    """Raises UserError where the device lacks the recipe's precision, or the compiler it wants."""
+    check_precision(recipe.precision, device)
+    if recipe.compile:
+        compiling.check_compiler(device)
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -143,8 +158,14 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
 
-def _fastest(formats: list[Tuning], model: nn.Module, images: Tensor, precision: str) -> Tuning:
-    models = [tuning.convert(copy.deepcopy(model)).train() for tuning in formats]
+def _copied(model: nn.Module, tuning: Tuning, compiled: bool) -> nn.Module:
+    copied = tuning.convert(copy.deepcopy(model)).train()
+    return compiling.compiled(copied) if compiled else copied
+
+
+def _fastest(
+    formats: list[Tuning], models: list[nn.Module], images: Tensor, precision: str
+) -> Tuning:
     batches = [tuning.apply(images) for tuning in formats]
     best = [inf, inf]
     start, rounds = time.perf_counter(), 0
@@ -156,6 +177,8 @@ def _fastest(formats: list[Tuning], model: nn.Module, images: Tensor, precision:
                 torch.autograd.backward(loss)
             copied.zero_grad()
             best[i] = min(best[i], seconds[0]) if rounds else inf
+        if not rounds:  # what is compiled is compiled now
+            start = time.perf_counter()
         rounds += 1
     return formats[1] if best[1] < GAIN * best[0] else formats[0]
 
