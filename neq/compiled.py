@@ -7,6 +7,7 @@ with the forward, is aten's, and the compiler's to fuse.
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from types import CodeType
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from neq.work import Work
 
-GRAPHS = 5  # of a layer that dynamo keeps; its own limit, after which it stays eager, is eight
+GRAPHS = 7  # of a function that are kept: where dynamo has eight it compiles no more of it
 
 _numbers = count()
 _works: dict[int, Work] = {}
@@ -29,7 +30,8 @@ def handle(work: Work) -> Tensor:
     """A tensor, int64 [] on the CPU, that stands for `work` in a graph, and keeps it alive."""
     number = next(_numbers)
     _works[number] = work
-    tensor = torch.tensor(number)
+    with torch.inference_mode(False):  # a graph saves it for its backward
+        tensor = torch.tensor(number, device="cpu")
     finalize(tensor, _works.pop, number)
     return tensor
 
@@ -177,28 +179,52 @@ linear: Any = _Linear.apply
 masked: Any = _Masked.apply
 
 
-# Compilations of each function with a layer in it, by its code's id: equal code is not the same.
-_graphs: dict[int, tuple[CodeType, set[Any]]] = {}
+@dataclass(slots=True)
+class _Function:
+    """What dynamo has compiled of a function with a layer in it: ids of its graphs; `known`: how
+    many there were when room was made for others.
+    """
+
+    code: CodeType
+    graphs: set[Any] = field(default_factory=set)
+    known: int = 0
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_functions: dict[int, _Function] = {}  # by the code's id: equal code is not the same
+
+
 def note_graph() -> None:
     """Called while dynamo traces a layer: take note of the graph."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._guards import CompileContext
 
     code = InstructionTranslator.current_tx().output.root_tx.f_code
-    _graphs.setdefault(id(code), (code, set()))[1].add(CompileContext.current_compile_id())
+    function = _functions.setdefault(id(code), _Function(code))
+    function.graphs.add(CompileContext.current_compile_id())
+
+
+# As torch.compiler.assume_constant_result does, which would load all of dynamo with this module.
+note_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def graphs() -> int:
     """How many graphs dynamo has traced, and may still keep, of the function with the most."""
-    return max((len(found) for _, found in _graphs.values()), default=0)
+    return max((len(function.graphs) for function in _functions.values()), default=0)
 
 
 def make_room() -> bool:
-    """Let dynamo forget the graphs of functions that have as many as are kept; whether any has."""
-    full = [code for code, found in _graphs.values() if len(found) >= GRAPHS]
+    """Let dynamo forget the graphs of functions that may soon have more than GRAPHS; whether any.
+
+    To be called before what may need other graphs. Those that a function has had from the start,
+    for layers of several shapes, say, are as many afterwards: only what has come since counts.
+    """
+    full = []
+    for function in _functions.values():
+        count = len(function.graphs)
+        grown = count - function.known if function.known else 0
+        if count > GRAPHS + 1 or (grown and count + grown > GRAPHS):
+            full.append(function.code)
+        function.known = count
     for code in full:
         forget(code)
     return bool(full)
@@ -208,7 +234,7 @@ def forget(code: CodeType) -> None:
     """Let dynamo forget the graphs of the function with that code."""
     from torch._dynamo.eval_frame import remove_from_cache
 
-    _graphs.pop(id(code), None)
+    _functions.pop(id(code), None)
     remove_from_cache(code)
 
 
@@ -226,11 +252,12 @@ def compiler_of(model: nn.Module) -> Any:
     Where torch does not tell, its default.
     """
     for module in model.modules():
-        inside = module._compiled_call_impl  # by `module.compile()`
-        if inside is None and not hasattr(module, "_orig_mod"):
+        inside = module._compiled_call_impl  # by `module.compile()`, which may have disabled it
+        context = inspect.getclosurevars(inside).nonlocals.get("self") if inside else None
+        context = getattr(module, "dynamo_ctx", context)
+        if context is None:
             continue
-        context = inspect.getclosurevars(inside).nonlocals.get("self") if inside else module
-        backend: Any = getattr(getattr(context, "dynamo_ctx", context), "callback", None)
+        backend: Any = getattr(context, "callback", None)
         while hasattr(backend, "_torchdynamo_orig_backend"):
             backend = backend._torchdynamo_orig_backend
         return backend or "inductor"

@@ -59,8 +59,7 @@ class SelectiveGradients:
         self._tied = unwrapped(model).register_forward_hook(self._tie)
         self._sets: set[frozenset[str]] = set()  # of layers frozen whole, since there was room
         self.plan: dict[str, LayerPlan] = {}
-        for layer in self._layers:
-            prepare(layer.module, self._cut)
+        self._prepared = [prepare(layer.module, self._cut) for layer in self._layers]
 
     def freeze(self, frozen: Tensor, timings: Timings) -> None:
         """Plan the backward of every layer for `frozen`, bool [neurons of the whole index]."""
@@ -79,13 +78,13 @@ class SelectiveGradients:
             assign(layer.module, work)
             if work is not None and work.rows is not None:
                 self._kept[layer.parameters[0]] = work.rows.kept
-            self.plan[layer.name] = _plan(layer, self._done(layer, work), self._cut)
+            self.plan[layer.name] = _plan(layer, self._executed(layer, work), self._cut)
         # The graph reaches these no more, and DistributedDataParallel waits for their hooks.
         self._tie.parameters = [p for p in (*self._whole, *self._loose) if p.requires_grad]
         self._tie.needed = bool(self._tie.parameters)
         self._make_room(frozenset(x.name for x in self._layers if bool(frozen[x.neurons].all())))
 
-    def _done(self, layer: Layer, work: Work | None) -> Work | None:
+    def _executed(self, layer: Layer, work: Work | None) -> Work | None:
         """Compiled code sums over all rows of a normalisation layer, unless nothing passes it."""
         norm = geometry(layer.module) is None and not isinstance(layer.module, nn.Linear)
         compiled = self._tie.traced or is_compiled(self._called)
@@ -151,8 +150,8 @@ class SelectiveGradients:
 
     def remove(self) -> None:
         """Make layers and gradients plain again."""
-        for layer in self._layers:
-            release(layer.module)
+        for layer, prepared in zip(self._layers, self._prepared, strict=True):
+            release(layer.module, prepared)
         self._forget()
         self._tied.remove()
 
@@ -217,7 +216,7 @@ class _Tie:
 
     DistributedDataParallel waits for each parameter's hook, and `backward` needs a graph even
     where everything is frozen. `parameters`: those; `needed`: whether there are any; `traced`:
-    whether the last forward was compiled code.
+    whether any forward was compiled code.
     """
 
     def __init__(self, everyone: list[nn.Parameter]) -> None:
@@ -229,9 +228,9 @@ class _Tie:
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         traced = tracing()
-        if traced or not torch.compiler.is_compiling():
-            self.traced = traced
-        if not traced and not (self.needed and selecting()):
+        if traced:
+            self.traced = True
+        if not traced and (torch.compiler.is_compiling() or not (self.needed and selecting())):
             return output
         graph = any(t.requires_grad for t in _tensors(output))
         # With a graph and one process nothing waits for these parameters.

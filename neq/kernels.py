@@ -41,8 +41,10 @@ class Kept:
         """
         if not _keeps(full, full.shape):
             return full
+        given = full.detach()  # with another reference to the tensor itself autograd would copy it
+        # Only now: another thread takes what nobody else refers to.
         self._last[:] = [(full, full._version if versioned else -1)]
-        return full.detach()  # with another reference to the tensor itself autograd would copy it
+        return given
 
     def holds(self, gradient: Tensor) -> bool:
         """Whether `gradient` is what the backward has just given away, as it was."""

@@ -1,8 +1,8 @@
 """Layers whose backward computes the rows that train, and no others.
 
-A layer takes on one of these classes while some of its neurons are frozen, and its own again
-afterwards: parameters, buffers, hooks and `state_dict` stay as they are. Without gradients, under
-torch.compile, under torch.func's transforms and in forward mode it computes like the plain layer.
+A layer has one of these classes as long as a NeuronFreezer is at work: parameters, buffers, hooks
+and `state_dict` stay as they are. While nothing in it is frozen, without gradients, under
+torch.func's transforms, in an export and in forward mode it computes like the plain layer.
 README.md beside this file tells why it is done so.
 """
 
@@ -27,8 +27,9 @@ class Traced:
     """What of a layer's work goes into a graph of torch.compile.
 
     A graph is traced for one `cut` (see Work), and where nothing upstream of the layer trains for
-    one `whole` (every neuron is frozen): the gradient ends there. `work` and, of a normalisation
-    layer, `trains` (1 or 0 for each neuron) are tensors that a graph is given.
+    one `whole` (every neuron is frozen): the gradient ends there. It is given tensors: `handle`,
+    which stands for the work, and `trains`, which the normalisation layers read under `cut`: 1 or 0
+    for each neuron.
     """
 
     def __init__(self, module: nn.Module, cut: bool) -> None:
@@ -42,25 +43,26 @@ class Traced:
         assert isinstance(weight, Tensor)
         nobody = torch.zeros(len(weight), dtype=torch.bool)
         groups = 1 if shape is None else shape.groups
-        self._everyone = Work("dense", everything(nobody, groups), cut, shape)
+        self._dense = Work("dense", everything(nobody, groups), cut, shape)
         self.assign(module, None)
 
     def assign(self, module: nn.Module, work: Work | None) -> None:
         """Let graphs do `work`, and the plain layer's where it is None."""
-        work = work or self._everyone
-        self.whole, self.work = work.rows is None, compiled.handle(work)
+        work = work or self._dense
+        self.whole, self.handle = work.rows is None, compiled.handle(work)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        self.trains = torch.full(weight.shape[:1], float(not self.whole), device=weight.device)
-        if work.rows is not None:
-            self.trains.index_fill_(0, work.rows.fillers.to(weight.device), 0)
+        with torch.inference_mode(False):  # a graph saves it for its backward
+            self.trains = torch.full(weight.shape[:1], float(not self.whole), device=weight.device)
+            if work.rows is not None:
+                self.trains.index_fill_(0, work.rows.fillers.to(weight.device), 0)
 
     def ends(self, inputs: Tensor) -> bool:
         """Whether no gradient leaves the layer: neither for what is upstream nor for its own."""
         return (self.cut or not inputs.requires_grad) and self.whole
 
 
-def prepare(module: nn.Module, cut: bool) -> None:
+def prepare(module: nn.Module, cut: bool) -> Traced:
     """Let a supported layer be told what its backward does, from now on; `cut`: see Work.
 
     Compiled code is traced for a class: were it to change with the mask, so would the code.
@@ -68,7 +70,8 @@ def prepare(module: nn.Module, cut: bool) -> None:
     # Another class, not another module: parameters, buffers, hooks and keys stay as they are.
     module.__class__ = _SELECTIVE[plain_type(module)]
     module.__dict__[WORK] = None
-    module.__dict__[TRACED] = Traced(module, cut)
+    module.__dict__[TRACED] = traced = Traced(module, cut)
+    return traced
 
 
 def assign(module: nn.Module, work: Work | None) -> None:
@@ -79,8 +82,10 @@ def assign(module: nn.Module, work: Work | None) -> None:
     module.__dict__[TRACED].assign(module, work)
 
 
-def release(module: nn.Module) -> None:
-    """Let `module` be the plain layer again."""
+def release(module: nn.Module, prepared: Traced) -> None:
+    """Let `module` be the plain layer again, unless it was prepared anew for somebody else."""
+    if module.__dict__.get(TRACED) is not prepared:
+        return
     plain = plain_type(module)
     selective: type[nn.Module] = _SELECTIVE[plain]
     if type(module) is selective:  # else a parametrisation has made it another one
@@ -141,7 +146,8 @@ class _Selective(nn.Module):
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """Copies and pickles are plain layers: what is frozen here is not frozen there."""
-        state = {name: value for name, value in self.__dict__.items() if name not in (WORK, TRACED)}
+        state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
+        state = {name: value for name, value in state.items() if name not in (WORK, TRACED)}
         return _bare, (self.plain,), state
 
     def _reached(self, inputs: Tensor) -> Tensor:
@@ -177,7 +183,7 @@ class _Convolution(_Selective):
     def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         if tracing() and not transformed():
             return self._traced_forward(inputs, weight, bias)
-        if self._neq_work is None or not selecting():
+        if not selecting() or self._neq_work is None:
             return super()._conv_forward(inputs, weight, bias)  # type: ignore[misc]
         # Frozen whole: with its parameters detached autograd itself stops where nothing upstream
         # trains. Toggling requires_grad would break DistributedDataParallel at the next step.
@@ -190,7 +196,7 @@ class _Convolution(_Selective):
         compiled.note_graph()
         if traced.ends(inputs):
             return super()._conv_forward(inputs, weight, bias).detach()  # type: ignore[misc]
-        how = traced.work, traced.arguments, traced.cut
+        how = traced.handle, traced.arguments, traced.cut
         return self._convolved(inputs, weight, bias, compiled.convolution, *how)
 
     def _convolved(
@@ -214,7 +220,7 @@ class _Linear(_Selective):
     def forward(self, input: Tensor) -> Any:
         if tracing() and not transformed():
             return self._traced_forward(input)
-        if self._neq_work is None or not selecting():
+        if not selecting() or self._neq_work is None:
             return super().forward(input)
         input = self._reached(input)
         if self._neq_work.rows is None:
@@ -226,7 +232,7 @@ class _Linear(_Selective):
         compiled.note_graph()
         if traced.ends(input):
             return super().forward(input).detach()
-        return self._product(input, compiled.linear, traced.work, traced.cut)
+        return self._product(input, compiled.linear, traced.handle, traced.cut)
 
     def _product(self, input: Tensor, function: Any, *how: Any) -> Tensor:
         """By `function`, which is told `how`."""
@@ -241,7 +247,7 @@ class _Norm(_Selective):
     def forward(self, input: Tensor) -> Any:
         if tracing() and not transformed():
             return self._traced_forward(input)
-        if self._neq_work is None or not selecting():
+        if not selecting() or self._neq_work is None:
             return super().forward(input)
         if self._neq_work.rows is None:
             with self._frozen():
