@@ -39,6 +39,9 @@ Model = Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any 
 Input = Annotated[
     str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
 ]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="With torch.compile, for --model; a recipe says it.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draw of frozen neurons.")]
 Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or for programs.")]
 
@@ -251,13 +254,15 @@ def flops(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hold it against PyTorch's counter in a real backward.")
     ] = False,
+    compile: Compile = False,
     format: Format = "rich",
 ) -> None:
     """Count a model's forward and backward FLOPs per sample."""
     from harness.commands.flops import count, print_counts
     from harness.flops.subject import subject
 
-    counted = count(subject(suite, settings or (), model, input), frozen, seed, verify)
+    found = subject(suite, settings or (), model, input)
+    counted = count(found, frozen, seed, verify, compile)
     if format == "json":
         write_json(counted.json())
     else:
@@ -288,8 +293,12 @@ def speed(
     seed: Seed = 0,
     seconds: Annotated[
         float,
-        typer.Option(min=0, help="How long it may take, about; each mask is timed twice anyway."),
+        typer.Option(
+            min=0,
+            help="How long it may take, about, without compiling; each mask is timed twice anyway.",
+        ),
     ] = 55,
+    compile: Compile = False,
     format: Format = "rich",
 ) -> None:
     """Time steps with frozen neurons against dense ones, on this machine: from when on it pays."""
@@ -303,18 +312,19 @@ def speed(
     from harness.train.pays import Asked
 
     wanted = parse_shares(frozen)
-    others = [suite, settings or None, model, input, batch, precision]
+    others = [suite, settings or None, model, input, batch, precision, compile or None]
     if step is not None and others.count(None) < len(others):
         raise UserError(
             "--step brings its own model, data and precision: give no suite, --set, --model, "
-            "--input, --batch or --precision with it"
+            "--input, --batch, --precision or --compile with it"
         )
     with progress_line() as shown:
         if step is not None:
             timed = own_speed(step, wanted, seed, ends - perf_counter(), shown.update)
         else:
             found = subject(suite, settings or (), model, input)
-            timed = measure(found, batch, precision, Asked(wanted, seed, ends, shown.update))
+            asked = Asked(wanted, seed, ends, shown.update)
+            timed = measure(found, batch, precision, asked, compile)
     if format == "json":
         write_json(timed.json())
     else:

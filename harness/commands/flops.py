@@ -49,20 +49,28 @@ class Counted:
         }
 
 
-def count(subject: Subject, share: float, seed: int, verify: bool) -> Counted:
-    """Count a model with a share of its neurons frozen; `verify`: beside a real backward.
+def count(
+    subject: Subject, share: float, seed: int, verify: bool, compile: bool = False
+) -> Counted:
+    """Count a model with a share of its neurons frozen; `verify`: beside a real backward, compiled
+    where the suite's recipe compiles, or with `compile`.
 
     Raises UserError for a share outside of 0 to 1, and for a model that does not run so.
     """
     if not 0 <= share <= 1:
         raise UserError(f"--frozen {share}: must be between 0 and 1")
+    if compile and subject.suite is not None:
+        raise UserError("--compile belongs to --model; for a suite: --set recipe.compile=true")
+    if compile and not verify:
+        raise UserError("--compile says how --verify runs a backward: give both, or none")
+    compile |= subject.suite is not None and subject.suite.recipe.compile
     frozen = subject.draw(share, seed)
     if not verify:
         return Counted(subject, frozen, None)
+    module, shape = subject.module, subject.shape
     try:
-        return Counted(
-            subject, frozen, backward_flops_by_torch(subject.module, subject.shape, frozen)
-        )
+        seen = backward_flops_by_torch(module, shape, frozen, "exact", None, compile)
+        return Counted(subject, frozen, seen)
     except Exception as error:
         raise UserError(
             f"--verify: a backward of {subject.name} fails ({type(error).__name__}: {error})"

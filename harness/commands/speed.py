@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from harness.compilations import compilations
 from harness.errors import UserError, with_origin
 from harness.flops.subject import Subject
 from harness.suite.config import Recipe, Suite, TorchClass
 from harness.suite.parts import build_part, load_part
+from harness.train.compiling import check_compiler, compiled
 from harness.train.optimizers import build_optimizer
 from harness.train.pays import Asked, Progress, align_of, measured, pays
 from harness.train.speeds import Speed
@@ -32,13 +34,19 @@ def parse_shares(text: str) -> list[float]:
     return values
 
 
-def speed(subject: Subject, batch: int | None, precision: Precision | None, asked: Asked) -> Speed:
+def speed(
+    subject: Subject,
+    batch: int | None,
+    precision: Precision | None,
+    asked: Asked,
+    compile: bool = False,
+) -> Speed:
     """Time a model in its suite's recipe, or with SGD, frozen and dense steps by turns.
 
-    `batch` and `precision`: where it is no suite's. Raises UserError where the model can't be
-    trained so.
+    `batch`, `precision` and `compile` (by torch.compile): where it is no suite's. Raises UserError
+    where the model can't be trained so, or this machine can't compile.
     """
-    recipe = _recipe(subject.suite, batch, precision)
+    recipe = _recipe(subject.suite, batch, precision, compile)
     try:
         with numerics(recipe.precision):
             return _timed(subject, recipe, asked)
@@ -52,26 +60,42 @@ def speed(subject: Subject, batch: int | None, precision: Precision | None, aske
 def _timed(subject: Subject, recipe: Recipe, asked: Asked) -> Speed:
     gpu = torch.cuda.is_available() and (subject.suite is None or subject.suite.resources.gpus != 0)
     device = torch.device("cuda" if gpu else "cpu")
+    if recipe.compile:
+        check_compiler(device)
     model = subject.module.to(device).train()
     cases = asked.cases(model, subject.freezable, align_of(device, recipe.precision))
-    asked.progress("choosing memory format and kernels")
-    masks = [case.mask for case in cases]
-    tuning = tune(model, subject.shape, recipe.batch_size, recipe.precision, masks)
-    model = tuning.convert(model)
-    images = tuning.apply(torch.randn(recipe.batch_size, *subject.shape, device=device))
-    optimizer, _ = build_optimizer(subject.name, recipe, model)
+    images = torch.randn(recipe.batch_size, *subject.shape, device=device)
+    compile_seconds, how = None, (recipe.batch_size, recipe.precision)
+    with compilations() as compiling:
+        if recipe.compile:  # before what is compiled for the tuning is there to be taken
+            asked.progress("compiling a dense step")
+            first = _watched(subject, recipe, images)
+            compile_seconds = first.compile_seconds(first.take()[1])
+        asked.progress("choosing memory format and kernels")
+        masks = [case.mask for case in cases]
+        tuning = tune(model, subject.shape, *how, masks, compiled=recipe.compile)
+    asked.ends += sum(compiling)
+    tuning.convert(model)
     return measured(
-        Watched(model, optimizer, _step(model, optimizer, images, recipe.precision)),
+        _watched(subject, recipe, tuning.apply(images)),
         subject.costs,
         subject.freezable,
         cases,
         tuning.timings,
         asked,
+        compile_seconds,
         name=subject.name,
         batch=recipe.batch_size,
         precision=recipe.precision,
         channels_last=tuning.channels_last,
     )
+
+
+def _watched(subject: Subject, recipe: Recipe, images: Tensor) -> Watched:
+    """The steps of the model on its device, compiled where the recipe says so."""
+    model = compiled(subject.module) if recipe.compile else subject.module
+    optimizer, _ = build_optimizer(subject.name, recipe, subject.module)
+    return Watched(model, optimizer, _step(model, optimizer, images, recipe.precision))
 
 
 def _step(
@@ -92,7 +116,11 @@ def _step(
     return step
 
 
-def _recipe(suite: Suite | None, batch: int | None, precision: Precision | None) -> Recipe:
+def _recipe(
+    suite: Suite | None, batch: int | None, precision: Precision | None, compile: bool = False
+) -> Recipe:
+    if suite is not None and compile:
+        raise UserError("--compile belongs to --model; for a suite: --set recipe.compile=true")
     if suite is not None and (batch is not None or precision is not None):
         raise UserError("--batch and --precision belong to --model; a suite's recipe has its own")
     if suite is not None:
@@ -106,6 +134,7 @@ def _recipe(suite: Suite | None, batch: int | None, precision: Precision | None)
         epochs=1,
         batch_size=batch or 32,
         precision=precision or "float32",
+        compile=compile,
         optimizer=TorchClass(name="SGD", **arguments),
     )
 

@@ -15,8 +15,9 @@ UNKNOWN = "–"
 def print_speed(speed: Speed, console: Console) -> None:
     """Print a table for each way of freezing, with a bar for the time of each row."""
     layout = ", channels_last" if speed.channels_last else ""
+    compiled = ", compiled" if speed.compiled else ""
     batch = "" if speed.batch is None else f"batch {speed.batch}, "
-    say(f"{speed.name}: {batch}{speed.precision}{layout}", console, "bold")
+    say(f"{speed.name}: {batch}{speed.precision}{layout}{compiled}", console, "bold")
     say(f"{speed.device}; {_dense(speed)}", console, "dim")
     width = max(BAR + (console.width - 80) // 2, BAR)
     for kind, title in speed.kinds.items():
@@ -42,9 +43,12 @@ def print_speed(speed: Speed, console: Console) -> None:
 def _dense(speed: Speed) -> str:
     dense = speed.dense
     activations, state = (n / 2**20 for n in (dense.activation_bytes, dense.optimizer_bytes))
+    compiling = ""
+    if dense.compile_seconds is not None:
+        compiling = f"; the first was compiled for {_seconds(dense.compile_seconds)}"
     return (
         f"a dense step takes {_seconds(dense.step_seconds)}, keeps {activations:,.3g} MiB for "
-        f"its backward and {state:,.3g} MiB of optimizer state"
+        f"its backward and {state:,.3g} MiB of optimizer state{compiling}"
     )
 
 

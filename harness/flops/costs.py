@@ -9,6 +9,7 @@ convention (NEq, section 4), 2 × forward operations × the share that trains, s
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ import neq
 from harness.flops.fvcore_counts import ForwardCounts
 from neq import Layer, LayerPlan, NeuronIndex
 from neq.autograd_graph import Call, Graph, Product, trace
+from neq.evaluation import uncompiled
+from neq.neurons import unwrapped
 from neq.required import BATCH
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -304,11 +307,15 @@ def count_costs(model: nn.Module, shape: tuple[int, ...], unpublished: Iterable[
     its size, is charged to the samples of a batch of two. Random streams are left as they were.
     Raises whatever the model raises on such an input.
     """
-    model = copy.deepcopy(model).cpu().float()
+    model = copy.deepcopy(unwrapped(model)).cpu().float()
+    for part in model.modules():
+        inner: Any = getattr(part, "_orig_mod", None)
+        if inner is not None:  # compiled, which fvcore can't trace: what it was made of
+            part.forward = inner.__call__
     inputs = torch.zeros(BATCH, *shape)
     neurons = NeuronIndex(model)
     numbers = {id(p): i for i, p in enumerate(model.parameters())}
-    with torch.random.fork_rng([]):
+    with uncompiled(), torch.random.fork_rng([]):
         graph = trace(model.train(), inputs, neurons, numbers)
         train = ForwardCounts(model, inputs, neurons)
         evaluation = ForwardCounts(model.eval(), inputs, neurons)

@@ -1,6 +1,7 @@
 """The oracle: what PyTorch's own counter sees in one real backward."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import neq
+from harness.compilations import room
+from neq.compiled import flop_rules, is_compiled
+from neq.neurons import unwrapped
 from neq.required import BATCH
 
 aten = torch.ops.aten
@@ -18,6 +22,10 @@ FUSED = (
     "cudnn_attention",  # of half precision on recent GPUs
 )
 Shape = Sequence[int]
+
+# Inductor computes the same products of the same graph. But of those with a dimension of one, such
+# as the input gradient of a head with one output, it makes code of its own that no counter sees.
+BACKEND = "aot_eager"
 
 
 class Rules:
@@ -33,6 +41,7 @@ class Rules:
         self.mapping: dict[Any, Callable[..., int]] = {
             aten.convolution_backward: self._convolution_backward
         }
+        self.mapping |= flop_rules(self.mapping)
         for name in FUSED:
             forward = getattr(aten, f"_scaled_dot_product_{name}")
             self.mapping[forward] = self._attention
@@ -61,22 +70,30 @@ def backward_flops_by_torch(
     frozen: Tensor,
     gradient: neq.Gradient = "exact",
     timings: neq.Timings | None = None,
+    compiled: bool = False,
 ) -> list[int]:
     """FLOPs that PyTorch counts in a backward over `BATCH` samples of `shape`.
 
-    `frozen`: bool [neurons], who stands still. Returns the count with the rules above, then the one
-    by PyTorch's own rules where those are right. The model is converted for it and back again.
+    `frozen`: bool [neurons], who stands still. `compiled`: of the backward that torch.compile makes
+    of the model, as it is handed to a backend, operator by operator (see BACKEND); so it is of one
+    that comes compiled. Returns the count with the rules above, then the one by PyTorch's own rules
+    where those are right. The model is converted for it and back again.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     freezer = neq.NeuronFreezer(
         model, optimizer, neq.Everyone(), gradient=gradient, timings=timings
     )
     freezer.freeze(frozen)
-    rules = Rules()
+    rules, compiled = Rules(), compiled or is_compiled(model)
     try:
-        counts = [_counted(model, shape, rules.mapping)]
-        if not rules.needed:
-            counts.append(_counted(model, shape, {}))
+        with room() if compiled else nullcontext():
+            run: Any = model
+            if compiled:
+                run = torch.compile(unwrapped(model), backend=BACKEND, dynamic=False)
+                _counted(run, shape, {})  # a backward is compiled when it is first run
+            counts = [_counted(run, shape, rules.mapping)]
+            if not rules.needed:
+                counts.append(_counted(run, shape, {}))
     finally:
         freezer.remove()
     return counts

@@ -12,6 +12,7 @@ from harness.suite import files
 from harness.suite.config import Suite
 from harness.suite.parts import build_model
 from neq import NeuronIndex
+from neq.neurons import unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def subject(
 def costs_of(module: nn.Module, shape: tuple[int, ...], unpublished: Sequence[str] = ()) -> Costs:
     """`count_costs` of a model that the user named; raises UserError where it does not run."""
     try:
-        NeuronIndex(module).select(unpublished)
+        NeuronIndex(unwrapped(module)).select(unpublished)
     except ValueError as error:
         raise UserError(f"model.unpublished: {error}") from None
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median, quantiles
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import neq
@@ -15,6 +16,7 @@ from harness.flops.drawing import Granularity
 from harness.train.kept import kept_for_backward
 from harness.train.watched import Watched
 from neq.neurons import unwrapped
+from neq.selective import TRACED
 
 LEAST, MOST = 2, 60  # rounds
 FIRST = 4  # rounds from which on the first one, in which memory and kernels were new, is left out
@@ -88,20 +90,29 @@ class Case:
 
 
 class Bench:
-    """Takes the steps. `entrances`: layers whose input needs no gradient, for the floor."""
+    """Takes the steps. `entrances`: layers whose input needs no gradient, for the floor.
+
+    `kept`: bytes for the backward of a dense step; `compile_seconds`: what compiling it has taken,
+    None where nothing was compiled.
+    """
 
     def __init__(self, watched: Watched, timings: neq.Timings, entrances: Sequence[str]) -> None:
         self._watched, self._timings, self._entrances = watched, timings, entrances
         self.kept, _ = self._look()
         self._plain = [watched.take()]
         seconds = self._plain[0][1]
+        self.compile_seconds = watched.compile_seconds(seconds)
         self._warm = int(seconds < SHORT)
         self._steps = math.ceil(VISIT / max(seconds, 1e-6))
 
     def _look(self) -> tuple[int, Times]:
         """Bytes that a step keeps for its backward, and its seconds."""
-        with kept_for_backward(self._watched.model) as kept:
-            times = self._watched.take()
+        for _ in range(2):
+            before = len(self._watched.compiling)
+            with kept_for_backward(self._watched.model) as kept:
+                times = self._watched.take()
+            if len(self._watched.compiling) == before:
+                break  # else bytes of steps that were taken again are among them
         return kept.total, times
 
     def plain(self) -> Times:
@@ -110,12 +121,13 @@ class Bench:
 
     def run(self, cases: Sequence[Case], ends: float, progress: Callable[[str], None]) -> None:
         """Visit each case once in a round, until its quartiles are tight or no round fits in any
-        more before the clock says `ends` (time.perf_counter); two rounds at least.
+        more before the clock says `ends` (time.perf_counter), to which compiling does not count;
+        two rounds at least.
         """
         left, rounds, lasted = list(cases), 0, 0.0
         while left and rounds < MOST:
             began = time.perf_counter()
-            if rounds >= LEAST and began + lasted > ends:
+            if rounds >= LEAST and began + lasted > ends + sum(self._watched.compiling):
                 return
             rounds += 1
             for case in self._round(left[:: 1 if rounds % 2 else -1]):
@@ -175,10 +187,13 @@ class Bench:
                 for name in self._entrances if case.floor else ():
                     handle = modules[name].register_forward_hook(_require_gradient)
                     stack.callback(handle.remove)
+                    modules[name].__dict__[TRACED].whole = False  # the same in compiled code
                 yield freezer
         finally:
             freezer.remove()
 
 
 def _require_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.requires_grad_().clone()
+    if output.requires_grad or torch.compiler.is_compiling():
+        return output
+    return output.requires_grad_().clone()

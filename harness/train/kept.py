@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
+from harness.compilations import as_written
 from neq import NeuronIndex
 
 
@@ -38,8 +39,12 @@ def kept_for_backward(model: nn.Module) -> Iterator[KeptBytes]:
     Hold on to the output until then: memory that is let go of may be counted once for two.
     """
     kept = KeptBytes(model)
-    with saved_tensors_hooks(kept.add, lambda saved: saved):
+    with saved_tensors_hooks(as_written(kept.add), as_written(_itself)):
         yield kept
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
 
 
 def state_bytes(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import neq
+from harness.compilations import compilations, room
 from harness.errors import UserError
 from harness.flops.costs import Costs, count_costs
 from harness.flops.drawing import draw
@@ -22,6 +23,7 @@ from harness.train.kept import state_bytes
 from harness.train.speeds import KINDS, Dense, Row, Speed
 from harness.train.untouched import untouched
 from harness.train.watched import Call, Watched
+from neq.compiled import is_compiled
 from neq.neurons import unwrapped
 
 SHARES = (0.5, 0.75, 0.9)
@@ -59,12 +61,13 @@ def pays(
         found.rows       # medians and quartiles over the dense step, FLOPs, bytes
 
     `step` does all that your loop does with one batch (autocast, GradScaler, accumulation,
-    clipping, loading data) and returns the loss, a number or a tensor of one. Afterwards model,
-    optimizer and random streams are as before, but not a scheduler, which is better left out, nor
-    the scale of a GradScaler. `frozen`: shares, 0 to 1, of the neurons that may freeze: those of
-    layers that the optimizer trains, without `exclude` (names of layers or dotted prefixes; None:
-    the last linear layer, else the last convolution). `seconds`: about how long it may take; each
-    mask is timed twice anyway. FLOPs are None unless the model takes one tensor of floating point.
+    clipping, loading data) and returns the loss, a number or a tensor of one. What torch.compile
+    has made of model or step is timed so. Afterwards model, optimizer and random streams are as
+    before, but not a scheduler, which is better left out, nor the scale of a GradScaler. `frozen`:
+    shares, 0 to 1, of the neurons that may freeze: those of layers that the optimizer trains,
+    without `exclude` (names of layers or dotted prefixes; None: the last linear layer, else the
+    last convolution). `seconds`: about how long it may take, without compiling; each mask is timed
+    twice anyway. FLOPs are None unless the model takes one tensor of floating point.
 
     Raises UserError for other shares; for a step that returns no loss, does not call the model or
     does not step the optimizer; for a name that matches no layer; where nothing may freeze; and
@@ -85,7 +88,9 @@ def pays(
         precision = _precision(plain, call)
         cases = asked.cases(model, freezable, align_of(watched.device, precision))
         progress("timing kernels")
-        timings = _timings(plain, call, watched.device, [case.mask for case in cases])
+        with compilations() as compiling:
+            timings = _timings(model, call, watched.device, [case.mask for case in cases])
+        asked.ends += sum(compiling)
         first = call.tensors[0] if call.tensors else None
         return measured(
             watched,
@@ -101,10 +106,10 @@ def pays(
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """What is to be timed: shares of neurons, drawn from a seed, until time.perf_counter() says
-    `ends`; `progress` is told what is being done.
+    `ends`, and as much later as compiling has taken; `progress` is told what is being done.
     """
 
     shares: Sequence[float]
@@ -120,11 +125,8 @@ class Asked:
         if not bool(freezable.any()):
             raise UserError("the model has no neuron that may freeze")
         neurons = neq.NeuronIndex(unwrapped(model))
-        compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
         found = []
         for granularity, gradient in KINDS:
-            if compiled and gradient == "cut":
-                continue  # a compiled model has none
             cases = [
                 Case(
                     draw(granularity, share, self.seed, neurons, freezable, align),
@@ -152,12 +154,18 @@ def measured(
     cases: Sequence[Case],
     timings: neq.Timings,
     asked: Asked,
+    compile_seconds: float | None = None,
     **about: Any,
 ) -> Speed:
-    """Time the cases; `about`: name, batch, precision and channels_last of the result."""
-    bench = Bench(watched, timings, [] if costs is None else costs.entrances)
+    """Time the cases; `about`: name, batch, precision and channels_last of the result.
+
+    `compile_seconds`: of the first dense step, where one was taken already.
+    """
+    asked.progress("taking dense steps")
     floors = [] if costs is None else [Case(freezable, floor=True)]
-    bench.run([*cases, *floors], asked.ends, asked.progress)
+    with room():
+        bench = Bench(watched, timings, [] if costs is None else costs.entrances)
+        bench.run([*cases, *floors], asked.ends, asked.progress)
     neurons = neq.NeuronIndex(unwrapped(watched.model))
     seconds = bench.plain()
     dense = Dense(
@@ -165,6 +173,7 @@ def measured(
         backward_seconds=_known(seconds[0]),
         activation_bytes=bench.kept,
         optimizer_bytes=state_bytes(watched.optimizer, neurons, torch.zeros_like(freezable)),
+        compile_seconds=bench.compile_seconds if compile_seconds is None else compile_seconds,
     )
     floor = _known(floors[0].backward().middle) if floors else None
     rows = [
@@ -188,7 +197,8 @@ def measured(
         hardware(watched.device.type == "cuda"),
         align_of(watched.device, about["precision"]),
     )
-    return Speed(device=device, align=align, dense=dense, rows=rows, **about)
+    about |= {"device": device, "align": align, "compiled": watched.compiled}
+    return Speed(dense=dense, rows=rows, **about)
 
 
 def _costs(model: nn.Module, call: Call) -> Costs | None:
@@ -245,12 +255,14 @@ def _precision(model: nn.Module, call: Call) -> str:
 def _timings(
     model: nn.Module, call: Call, device: torch.device, masks: Sequence[Tensor]
 ) -> neq.Timings:
-    """Of the kernels of its layers, as the step calls it."""
+    """Of the kernels of its layers, as the step calls it; compiled where the model is."""
     if not call.tensors:
         return neq.Timings()
+    called = _Called(model if is_compiled(model) else unwrapped(model), call)
     with torch.autocast(device.type, dtype=call.autocast, enabled=call.autocast is not None):
-        timed = neq.measure(_Called(model, call), call.tensors[0], masks)
-    return neq.Timings({name.removeprefix("model."): of for name, of in timed.layers.items()})
+        timed = neq.measure(called, call.tensors[0], masks)
+    names = dict(zip(neq.NeuronIndex(called), neq.NeuronIndex(unwrapped(model)), strict=True))
+    return neq.Timings({names[name]: of for name, of in timed.layers.items()})
 
 
 def _channels_last(inputs: Tensor) -> bool:

@@ -5,6 +5,7 @@ hardly on the weights. So one training of the method takes a few steps under eac
 trials had, one of the baseline as many beside them, and the epochs of each trial are added up: the
 first step after freezing, the other steps, and a decision, which freezes. No weight moves. Tests,
 checkpoints and tuning are left out, and the learning rate's schedule, which costs next to nothing.
+Compilations are left out, too, of both: a training pays for one once, however long it goes on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import neq
+from harness.compilations import compilations, room
 from harness.data.dataset import Microbatch
 from harness.storage.locations import Location
 from harness.storage.masks import EpochMask, UnknownMaskError
@@ -32,6 +34,7 @@ STEPS = 3  # that are timed in a row, at least
 ROW = 0.05  # seconds that such a row takes, at least
 WARM = 3  # pairs that are not counted
 DECISIONS = 3
+SETTLED = 10  # epochs under a plan, of which one at least must compile nothing
 
 Progress = Callable[[int, int], None]  # pairs that were taken, of how many
 
@@ -91,11 +94,23 @@ def replay(
     seconds: float,
     progress: Progress,
 ) -> list[Replayed]:
-    """The trials of one method, replayed within about so many seconds.
+    """The trials of one method, replayed within about so many seconds, without compiling.
 
     `method`, `plain`: a trial of the method, and one of the baseline. Raises UnreplayableError
     where the method has no freezer, or its masks can't be had back, and UserError as a trial would.
     """
+    with room():  # plans come by turns: each is compiled for once, as in a trial
+        return _replay(method, plain, courses, place, seconds, progress)
+
+
+def _replay(
+    method: TrialSpec,
+    plain: TrialSpec,
+    courses: Sequence[Course],
+    place: Place,
+    seconds: float,
+    progress: Progress,
+) -> list[Replayed]:
     if not all(len(course.masks) == len(course.executed) for course in courses):
         raise UnreplayableError("its results don't hold the masks of all epochs")
     sides = Sides(method, plain, place)
@@ -219,12 +234,19 @@ class Sides:
         """Seconds of an epoch: its first step, and the others as long as those of a row. Freezing,
         which `begin` does, is part of a decision.
         """
-        begin()
-        with neq.stopwatch(self._device) as first:
-            side.take(1)
-        with neq.stopwatch(self._device) as row:
-            side.take(self._row)
-        return first[0] + (self._length - 1) * row[0] / self._row
+        for _ in range(SETTLED):
+            begin()
+            with compilations() as compiled:
+                with neq.stopwatch(self._device) as first:
+                    side.take(1)
+                with neq.stopwatch(self._device) as row:
+                    side.take(self._row)
+            # A trial pays for a compilation once, however many of its epochs need what came of it.
+            # Charged to a plan it would be multiplied by them, and it is shorter here than it was
+            # there: torch keeps on disk what it has compiled. So such an epoch is taken again.
+            if not compiled:
+                return first[0] + (self._length - 1) * row[0] / self._row
+        raise UnreplayableError(f"each of {SETTLED} epochs under one mask compiled something anew")
 
     def decisions(self) -> list[float]:
         """Seconds of deciding over those of a plain epoch, taken by turns."""

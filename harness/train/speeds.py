@@ -53,17 +53,24 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense:
-    """What a step costs with nothing frozen: median seconds, and bytes as of Row."""
+    """What a step costs with nothing frozen: median seconds, and bytes as of Row.
+
+    `compile_seconds`: of the first step less a later one, None where it compiled nothing. Torch
+    keeps on disk what it has compiled: another time it takes less.
+    """
 
     step_seconds: float
     backward_seconds: float | None
     activation_bytes: int
     optimizer_bytes: int
+    compile_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What was timed: rows of one model on one device; `align`: of "neuron-aligned"."""
+    """What was timed: rows of one model on one device; `align`: of "neuron-aligned"; `compiled`:
+    whether steps were, frozen and dense ones alike.
+    """
 
     name: str
     device: str
@@ -72,6 +79,7 @@ class Speed:
     channels_last: bool
     align: int
     dense: Dense
+    compiled: bool = False
     rows: list[Row] = field(default_factory=list)
 
     def of(self, kind: Kind) -> list[Row]:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -14,9 +14,13 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 import neq
+from harness.compilations import as_written, compilations
 from harness.errors import UserError
+from neq.compiled import is_compiled
+from neq.evaluation import uncompiled
 
 FIRST = 3  # calls in which the optimizer must have stepped: a GradScaler skips some at first
+SETTLED = 10  # steps, one of which at least must compile nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,9 @@ class Call:
 class Watched:
     """A training step and what it trains: `step()` does one and returns its loss.
 
-    Raises UserError for an optimizer that has none of the model's parameters, and for LBFGS, under
-    which rows can't freeze.
+    `compiling`: seconds of the steps in which torch.compile was at work, so far. Raises UserError
+    for an optimizer that has none of the model's parameters, and for LBFGS, under which rows can't
+    freeze.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, step: Callable[[], Any]) -> None:
@@ -49,15 +54,39 @@ class Watched:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UserError("LBFGS moves all parameters along one direction: rows can't freeze")
         self.device = next(model.parameters()).device
+        self.compiling: list[float] = []
         self._clock = _BackwardClock(self.device)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps are compiled: a compiled function is found out when it compiles."""
+        return bool(self.compiling) or is_compiled(self.model)
 
     def take(self) -> tuple[float, float]:
         """Take a step: seconds of its backward, NaN where none was seen, and of all of it.
 
-        The backward counts from the gradient of the model's output on. Raises UserError where the
-        step returns no loss.
+        A step in which something is compiled is no step: another one is taken. Raises UserError
+        where the step returns no loss, or never ceases to compile.
         """
-        with self._clock.watching(self.model), neq.stopwatch(self.device) as whole:
+        for _ in range(SETTLED):
+            with compilations() as compiled:
+                times = self._take()
+            if not compiled:
+                return times
+            self.compiling.append(times[1])
+        raise UserError(
+            f"each of {SETTLED} steps was compiled anew, so that none can be timed: "
+            "TORCH_LOGS=recompiles says why"
+        )
+
+    def compile_seconds(self, later: float) -> float | None:
+        """Seconds that compiling has taken so far, where a later step takes so many; None where
+        nothing was compiled.
+        """
+        return sum(step - later for step in self.compiling) if self.compiling else None
+
+    def _take(self) -> tuple[float, float]:
+        with self._clock.watching(), neq.stopwatch(self.device) as whole:
             loss = self._step()
         number = isinstance(loss, Real) and not isinstance(loss, bool)
         if not (number or (isinstance(loss, Tensor) and loss.numel() == 1)):
@@ -71,7 +100,9 @@ class Watched:
     def look(self) -> Call:
         """Take steps until the optimizer has stepped, too, and tell how they call the model.
 
-        Raises UserError where they do not call it, or leave the optimizer alone.
+        They run as they are written: compiled code sees no hook that comes later, and keeps one
+        that it was compiled with. Raises UserError where they do not call the model, or leave the
+        optimizer alone.
         """
         calls: list[Call] = []
         steps: list[None] = []
@@ -86,9 +117,10 @@ class Watched:
             self.optimizer.register_step_post_hook(lambda *_: steps.append(None)),
         ]
         try:
-            for _ in range(FIRST):
-                if not steps:
-                    self.take()
+            with uncompiled():
+                for _ in range(FIRST):
+                    if not steps:
+                        self._take()
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,9 +132,10 @@ class Watched:
 
 
 class _BackwardClock:
-    """Takes the time from the gradient of a model's output to the end of the backward.
+    """Takes the time of backwards, from the call of torch's engine to its end.
 
-    On a GPU by events in its own queue: nothing waits for them within a step.
+    Nothing is hooked to the model: its code may be compiled. On a GPU by events in its own queue:
+    nothing waits for them within a step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,15 +144,30 @@ class _BackwardClock:
         self._marks: list[Any] = []  # beginnings and ends by turns
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the backwards of what `model` returns are timed."""
-        self._running = False
+    def watching(self) -> Iterator[None]:
+        """Inside, backwards are timed."""
         self._marks.clear()
-        handle = model.register_forward_hook(self._watch)
+        autograd: Any = torch.autograd
+        engine = autograd._engine_run_backward  # all ways to a backward lead here
+        mark = as_written(self._mark)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._running:  # one inside another, as of checkpoints
+                return engine(*args, **kwargs)
+            self._running = True
+            mark()
+            try:
+                return engine(*args, **kwargs)
+            finally:
+                self._running = False
+                mark()
+
+        # What the backward calls is the training's own, to be compiled or not.
+        autograd._engine_run_backward = as_written(run, recursive=False)
         try:
             yield
         finally:
-            handle.remove()
+            autograd._engine_run_backward = engine
 
     def seconds(self) -> float:
         """Of those backwards together; NaN where there was none. The device must be done."""
@@ -129,24 +177,6 @@ class _BackwardClock:
         if self._device.type == "cuda":
             return float(sum(begin.elapsed_time(end) for begin, end in pairs)) / 1000
         return float(sum(end - begin for begin, end in pairs))
-
-    def _watch(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
-            parts = vars(leaf).values() if is_dataclass(leaf) else [leaf]
-            for tensor in parts:
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(self._begin)  # type: ignore[no-untyped-call]
-
-    def _begin(self, _gradient: Tensor) -> None:
-        if not self._running:  # several outputs have a gradient each
-            self._running = True
-            self._mark()
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._end)
-
-    def _end(self) -> None:
-        self._running = False
-        self._mark()
 
     def _mark(self) -> None:
         if self._device.type == "cuda":
