@@ -146,6 +146,8 @@ class SelectiveGradients:
         kept = self._kept.get(parameter)
         if kept is None or not kept.holds(gradient):  # else those rows are zero already
             gradient.detach().index_fill_(0, rows, 0)
+            if kept is not None:
+                kept.cleared(gradient)
         self._cleared[parameter] = gradient, gradient._version
 
     def remove(self) -> None:

@@ -25,14 +25,14 @@ class Kept:
         # One or none: a gradient, and its version when it was given away. pop() is atomic.
         self._last: list[tuple[Tensor, int]] = []
 
-    def take(self, like: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-        """Memory for a gradient like `like`, whatever is in it."""
+    def take(self, like: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """Memory for a gradient like `like`, and whether it is as it was given or cleared last."""
         if _keeps(like, shape) and self._last:
             with suppress(IndexError):  # another thread was faster
-                full, _ = self._last.pop()
+                full, version = self._last.pop()
                 if _alone(full) and full.dtype == like.dtype and full.stride() == stride:
-                    return full
-        return like.new_empty_strided(shape, stride)
+                    return full, full._version == version
+        return like.new_empty_strided(shape, stride), False
 
     def give(self, full: Tensor, versioned: bool = True) -> Tensor:
         """`full` to be returned by a backward: autograd makes it a parameter's `grad` as it is.
@@ -45,6 +45,12 @@ class Kept:
         # Only now: another thread takes what nobody else refers to.
         self._last[:] = [(full, full._version if versioned else -1)]
         return given
+
+    def cleared(self, gradient: Tensor) -> None:
+        """Frozen rows of `gradient`, which may be what was given away, have just been cleared."""
+        for full, _ in self._last:
+            if gradient.data_ptr() == full.data_ptr() and gradient._version == full._version:
+                self._last[:] = [(full, full._version)]
 
     def holds(self, gradient: Tensor) -> bool:
         """Whether `gradient` is what the backward has just given away, as it was."""
@@ -115,8 +121,11 @@ class Rows:
         """The full gradient of `shape` and `stride`: computed rows in their places, zeros
         elsewhere; `versioned`: see Kept.
         """
-        full = self.kept.take(computed, shape, stride)
-        full.index_fill_(0, self.others, 0).index_copy_(0, self.index, computed)
+        full, zeroed = self.kept.take(computed, shape, stride)
+        # Whoever writes to `grad.data` leaves no version. Compiled gradients are cleared anyway.
+        if versioned or not zeroed:
+            full.index_fill_(0, self.others, 0)
+        full.index_copy_(0, self.index, computed)
         if len(self.fillers):
             full.index_fill_(0, self.fillers, 0)
         return self.kept.give(full, versioned)

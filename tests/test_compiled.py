@@ -466,3 +466,19 @@ def test_memory_is_given_away_before_others_may_take_it(monkeypatch):
         kept.give(torch.zeros(2, 2))
     assert seen == [[]]
     assert kept._last
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_gradients_that_are_written_to_are_not_seen_again(compile_it):
+    net = nn.Linear(16, 16, bias=False)
+    mask = masked(net, range(10))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    call = torch.compile(net, backend="aot_eager") if compile_it else net
+    freeze(call, mask, optimizer)
+    for _ in range(3):
+        call(torch.randn(4, 16)).square().sum().backward()
+        assert (net.weight.grad[mask] == 0).all()
+        assert (net.weight.grad[~mask] != 0).all()
+        net.weight.grad.data.add_(1.0)  # without a new version
+        optimizer.step()
+        optimizer.zero_grad()
