@@ -57,11 +57,11 @@ def room() -> Iterator[None]:
     from torch._dynamo import config
 
     kept: Any = neq.compiled
-    before = kept.GRAPHS
+    before: int = kept.GRAPHS
     with config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY):
         kept.GRAPHS = MANY
         try:
             yield
         finally:
             kept.GRAPHS = before
-            kept.make_room()  # else dynamo, beyond its own limit, would compile no more
+            kept.make_room(before)  # else dynamo, beyond its own limit, would compile no more

@@ -212,22 +212,28 @@ def graphs() -> int:
     return max((len(function.graphs) for function in _functions.values()), default=0)
 
 
-def make_room() -> bool:
+def make_room(most: int = GRAPHS + 1) -> bool:
     """Let dynamo forget the graphs of functions that may soon have more than GRAPHS; whether any.
 
     To be called before what may need other graphs. Those that a function has had from the start,
-    for layers of several shapes, say, are as many afterwards: only what has come since counts.
+    for layers of several shapes, say, are as many afterwards: only what has come since counts, and
+    more than `most`.
     """
     full = []
     for function in _functions.values():
         count = len(function.graphs)
         grown = count - function.known if function.known else 0
-        if count > GRAPHS + 1 or (grown and count + grown > GRAPHS):
+        if count > most or (grown and count + grown > GRAPHS):
             full.append(function.code)
         function.known = count
     for code in full:
         forget(code)
     return bool(full)
+
+
+def forgotten() -> None:
+    """Somebody has let dynamo forget everything."""
+    _functions.clear()
 
 
 def forget(code: CodeType) -> None:

@@ -17,7 +17,16 @@ from torch.utils.hooks import RemovableHandle
 from neq.compiled import is_compiled, make_room
 from neq.kernels import Kept, rows_for
 from neq.neurons import Layer, NeuronIndex, unwrapped
-from neq.selective import assign, geometry, prepare, release, selecting, tracing, transformed
+from neq.selective import (
+    assign,
+    geometry,
+    is_prepared,
+    prepare,
+    release,
+    selecting,
+    tracing,
+    transformed,
+)
 from neq.timings import Timings
 from neq.work import Work
 
@@ -65,7 +74,8 @@ class SelectiveGradients:
         """Plan the backward of every layer for `frozen`, bool [neurons of the whole index]."""
         self._forget()
         self.plan = {}
-        for layer in self._layers:
+        compiled = not self._cut and (self._tie.traced or is_compiled(self._called))
+        for place, layer in enumerate(self._layers):
             mask = frozen[layer.neurons]
             rows = mask.nonzero().squeeze(1)
             for parameter in layer.parameters if len(rows) else ():
@@ -75,20 +85,29 @@ class SelectiveGradients:
                 else:
                     self._rows[parameter] = rows.to(parameter.device)
             work = _choose_work(layer, mask, self._cut, timings)
-            assign(layer.module, work)
+            if self._owns(place, bool(len(rows))):
+                assign(layer.module, work)
             if work is not None and work.rows is not None:
                 self._kept[layer.parameters[0]] = work.rows.kept
-            self.plan[layer.name] = _plan(layer, self._executed(layer, work), self._cut)
+            norm = geometry(layer.module) is None and not isinstance(layer.module, nn.Linear)
+            # Compiled code sums over all rows of a normalisation layer, unless nothing passes it.
+            executed = None if norm and compiled else work
+            self.plan[layer.name] = _plan(layer, executed, self._cut)
         # The graph reaches these no more, and DistributedDataParallel waits for their hooks.
         self._tie.parameters = [p for p in (*self._whole, *self._loose) if p.requires_grad]
         self._tie.needed = bool(self._tie.parameters)
         self._make_room(frozenset(x.name for x in self._layers if bool(frozen[x.neurons].all())))
 
-    def _executed(self, layer: Layer, work: Work | None) -> Work | None:
-        """Compiled code sums over all rows of a normalisation layer, unless nothing passes it."""
-        norm = geometry(layer.module) is None and not isinstance(layer.module, nn.Linear)
-        compiled = self._tie.traced or is_compiled(self._called)
-        return None if norm and compiled and not self._cut else work
+    def _owns(self, place: int, wanted: bool) -> bool:
+        """Whether the layer does what it is told here, and not by another freezer; where that is
+        `wanted`, from now on.
+        """
+        module = self._layers[place].module
+        if is_prepared(module, self._prepared[place]):
+            return True
+        if wanted:
+            self._prepared[place] = prepare(module, self._cut)
+        return wanted
 
     def _make_room(self, whole: frozenset[str]) -> None:
         """Layers frozen `whole` may need another graph: beyond its limit dynamo compiles none."""

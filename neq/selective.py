@@ -82,9 +82,14 @@ def assign(module: nn.Module, work: Work | None) -> None:
     module.__dict__[TRACED].assign(module, work)
 
 
+def is_prepared(module: nn.Module, prepared: Traced) -> bool:
+    """Whether the layer is as `prepare` made it then, and nobody has prepared it anew."""
+    return module.__dict__.get(TRACED) is prepared
+
+
 def release(module: nn.Module, prepared: Traced) -> None:
-    """Let `module` be the plain layer again, unless it was prepared anew for somebody else."""
-    if module.__dict__.get(TRACED) is not prepared:
+    """Let `module` be the plain layer again, unless somebody has prepared it anew."""
+    if not is_prepared(module, prepared):
         return
     plain = plain_type(module)
     selective: type[nn.Module] = _SELECTIVE[plain]

@@ -451,6 +451,11 @@ def test_what_is_removed_leaves_the_next_freezer_alone(net):
     assert (net.conv.weight.grad[mask[:8]] == 0).all()
     second.remove()
     assert type(net.conv) is nn.Conv2d
+    first, second = (freeze(net, mask) for _ in range(2))
+    second.remove()
+    first.remove()
+    assert type(net.conv) is nn.Conv2d
+    assert not any("neq" in name for name in vars(net.conv))
 
 
 def test_memory_is_given_away_before_others_may_take_it(monkeypatch):

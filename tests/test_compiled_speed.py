@@ -288,7 +288,7 @@ def test_compilations_are_noticed_and_timed():
         with compilations() as seconds:
             call(torch.ones(3, 4)).sum().backward()
         made.append(len(seconds))
-        assert all(0 < each < 60 for each in seconds)
+        assert all(each > 0 for each in seconds)
     assert made[0] > 0
     assert made[1] == 0
     with compilations() as seconds:  # which drops all that look on

@@ -16,6 +16,7 @@ from harness.errors import UserError
 from harness.methods import Method, Training
 from harness.methods.building import build_method
 from harness.suite.config import TrialSpec
+from neq.compiled import forgotten
 
 BACKEND = "inductor"  # of torch.compile
 CAPABILITY = 7  # of a GPU, for Triton
@@ -39,6 +40,7 @@ def start_anew() -> None:
     keeps of a function, and it looks at no hooks when it takes one of them.
     """
     torch.compiler.reset()
+    forgotten()
 
 
 @contextmanager
@@ -65,10 +67,10 @@ def build(spec: TrialSpec, training: Training) -> Method:
             f"method {spec.method} looks at layers one by one, and can't be trained with "
             "recipe.compile, which makes one graph of them; drop it from the methods"
         )
-    if getattr(method.after_forward, "__func__", None) is not Method.after_forward:
-        from torch._functorch import config
+    from torch._functorch import config
 
-        config.donated_buffer = False  # it may go back through a graph, and the backward after it
+    # One that looks at a forward may go back through its graph, and the backward after it.
+    config.donated_buffer = getattr(method.after_forward, "__func__", None) is Method.after_forward
     return method
 
 

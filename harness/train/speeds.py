@@ -21,8 +21,9 @@ class Row:
     """One share of frozen neurons: times, FLOPs and bytes over those of the dense model.
 
     `frozen`: as asked for, `drawn`: of the neurons that may freeze, what the mask really freezes.
-    `backward_ratio` and `step_ratio` are medians over `pairs` of a step and the dense ones nearest
-    to it, low and high their quartiles. `activation_ratio`: what is kept for the backward;
+    `backward_ratio` (of all that torch's autograd engine is called for) and `step_ratio` are
+    medians over `pairs` of a step and the dense ones nearest to it, low and high their quartiles.
+    `activation_ratio`: what is kept for the backward;
     `optimizer_ratio`: the state of an optimizer that has never known another mask. `floor_ratio`:
     time of the backward with all weight gradients left out and all input gradients kept. None:
     not known, as the FLOPs of a model that fvcore can't count.
