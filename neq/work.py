@@ -1,6 +1,6 @@
 """What the backward of a layer does under a mask, and the autograd functions that do it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from neq.kernels import KERNELS, Geometry, Rows, channels
+from neq.kernels import KERNELS, Geometry, Kept, Rows, channels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,12 +17,14 @@ class Work:
 
     `kernel`: the name of the one that computes `rows`, which are None where every neuron is frozen.
     `cut`: the input gradient flows through trainable neurons only. `shape`: of a convolution.
+    `kept`: memory of a gradient of zeros.
     """
 
     kernel: str
     rows: Rows | None
     cut: bool
     shape: Geometry | None
+    kept: Kept = field(default_factory=Kept)
 
     def weight_gradient(
         self, gradient: Tensor, x: Tensor, size: torch.Size, stride: tuple[int, ...]
@@ -32,7 +34,8 @@ class Work:
         `gradient`: of the output, [samples, neurons, …]; `x`: the input, [samples, …].
         """
         if self.rows is None:
-            return gradient.new_empty_strided(size, stride).zero_()
+            full, _ = self.kept.take(gradient, size, stride)
+            return self.kept.give(full.zero_(), versioned=False)
         rows = self.rows.to(gradient.device)
         if self.kernel == "dense":
             return _strided(self._product(gradient, x, rows), stride).index_fill_(
