@@ -50,12 +50,13 @@ class Traced:
         """Let graphs do `work`, and the plain layer's where it is None."""
         work = work or self._dense
         self.whole, self.handle = work.rows is None, compiled.handle(work)
+        if not self.cut or work.rows is None:
+            return
         weight = module.weight
         assert isinstance(weight, Tensor)
         with torch.inference_mode(False):  # a graph saves it for its backward
-            self.trains = torch.full(weight.shape[:1], float(not self.whole), device=weight.device)
-            if work.rows is not None:
-                self.trains.index_fill_(0, work.rows.fillers.to(weight.device), 0)
+            trains = torch.ones(weight.shape[:1], device=weight.device)
+            self.trains = trains.index_fill_(0, work.rows.fillers.to(weight.device), 0)
 
     def ends(self, inputs: Tensor) -> bool:
         """Whether no gradient leaves the layer: neither for what is upstream nor for its own."""
