@@ -70,9 +70,11 @@ def test_memory_does_not_grow_with_the_validation_set():
     index, before = neq.NeuronIndex(model), snapshot(model)
     alive = []
 
+    others = _tensors()  # held, so that none of an earlier test's dies in between
+
     def batches(count):
         for _ in range(count):
-            alive.append(_tensor_bytes())
+            alive.append(_bytes_beside(others))
             yield torch.randn(4, 1, 24, 24)
 
     def peak(count):
@@ -85,18 +87,28 @@ def test_memory_does_not_grow_with_the_validation_set():
     assert peak(12) == few
 
 
-def _tensor_bytes():
-    """Bytes of all tensors that are alive, each storage once."""
+def _tensors():
+    """All tensors that are alive."""
     import gc
 
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, nn.Parameter):
-            with suppress(RuntimeError):  # one that another test's graph was traced with has none
-                storage = thing.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+
+
+def _bytes_beside(others):
+    """Bytes of the tensors that are alive and not among the others, each storage once."""
+    known = set(_storages(others))
+    return sum(size for at, size in _storages(_tensors()).items() if at not in known)
+
+
+def _storages(tensors):
+    """Address and size of each storage; one that another test's graph was traced with has none."""
+    found = {}
+    for tensor in tensors:
+        with suppress(RuntimeError):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def test_bad_validation_batches_are_said_plainly(net):
