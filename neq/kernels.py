@@ -247,7 +247,9 @@ def gather(chosen: Tensor, inputs: Tensor, geometry: Geometry, rows: Rows) -> Te
     """The weight gradient [computed, …] by the dense kernel, on fewer channels."""
     if rows.inputs is not None:
         inputs = channels(inputs, rows.inputs)
-    return replace(geometry, groups=rows.groups).weight_gradient(chosen, inputs)
+    if rows.groups != geometry.groups:
+        geometry = replace(geometry, groups=rows.groups)
+    return geometry.weight_gradient(chosen, inputs)
 
 
 def swap(

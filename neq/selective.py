@@ -34,29 +34,30 @@ class Traced:
 
     def __init__(self, module: nn.Module, cut: bool) -> None:
         self.cut = cut
-        shape, self.arguments = geometry(module), None
-        if shape is not None:
+        self._shape, self.arguments = geometry(module), None
+        if (shape := self._shape) is not None:
             zeros = (0,) * len(shape.stride)
             static = shape.stride, shape.padding, shape.dilation, False, zeros, shape.groups
             self.arguments = static
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        nobody = torch.zeros(len(weight), dtype=torch.bool)
-        groups = 1 if shape is None else shape.groups
-        self._dense = Work("dense", everything(nobody, groups), cut, shape)
         self.assign(module, None)
 
     def assign(self, module: nn.Module, work: Work | None) -> None:
         """Let graphs do `work`, and the plain layer's where it is None."""
-        work = work or self._dense
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        work = work or self._dense(weight)
         self.whole, self.handle = work.rows is None, compiled.handle(work)
         if not self.cut or work.rows is None:
             return
-        weight = module.weight
-        assert isinstance(weight, Tensor)
         with torch.inference_mode(False):  # a graph saves it for its backward
             trains = torch.ones(weight.shape[:1], device=weight.device)
             self.trains = trains.index_fill_(0, work.rows.fillers.to(weight.device), 0)
+
+    def _dense(self, weight: Tensor) -> Work:
+        """All rows, told on the weight's device: a GPU would be waited for in each backward."""
+        nobody = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        groups = 1 if self._shape is None else self._shape.groups
+        return Work("dense", everything(nobody, groups), self.cut, self._shape)
 
     def ends(self, inputs: Tensor) -> bool:
         """Whether no gradient leaves the layer: neither for what is upstream nor for its own."""

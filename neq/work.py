@@ -38,9 +38,8 @@ class Work:
             return self.kept.give(full.zero_(), versioned=False)
         rows = self.rows.to(gradient.device)
         if self.kernel == "dense":
-            return _strided(self._product(gradient, x, rows), stride).index_fill_(
-                0, rows.fillers, 0
-            )
+            full = _strided(self._product(gradient, x, rows), stride)
+            return full.index_fill_(0, rows.fillers, 0) if rows.fillers.numel() else full
         computed = self._product(rows.gather(gradient), x, rows)
         return rows.scatter(computed, size, stride, versioned=False)
 

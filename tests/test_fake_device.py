@@ -1,5 +1,6 @@
 """Steps of trials on an accelerator that is none: no tensor lies elsewhere, and no step waits."""
 
+import copy
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -8,14 +9,16 @@ from unittest.mock import patch
 import fake_device
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trials import same, small
 
+import neq
 from harness.flops.costs import count_costs
 from harness.suite.parts import build_model
 from harness.train import assembly
 from harness.train.loop import Loop
 from harness.train.tuning import Tuning
+from neq import compiled
 from neq.kernels import Rows
 
 SETTINGS = [
@@ -138,6 +141,37 @@ def rows_on_the_cpu():
 def test_rows_that_stayed_on_the_cpu_are_found(apart):
     with pytest.raises(RuntimeError, match="expected all tensors on the device"):
         apart(rows_on_the_cpu)
+
+
+LAYERS = {
+    "conv": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5), (2, 6, 5, 5)),
+    "linear": (nn.Linear(4, 6), (3, 4), (3, 6)),
+}
+
+
+def operators(name, gradient, kernel, frozen):
+    """What graphs do for a layer that was prepared on the device, in strict mode."""
+    plain, given, got = LAYERS[name]
+    with fake_device.present() as device:
+        layer = copy.deepcopy(plain).to(device)
+        inputs, above = torch.randn(given).to(device), torch.randn(got).to(device)
+        timings = neq.Timings({"": {"dense": {6: 1.0}, kernel: {6: 0.1}}})
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        freezer = neq.NeuronFreezer(layer, optimizer, gradient=gradient, timings=timings)
+        freezer.freeze(torch.arange(6) < frozen)
+        work, weight = layer._neq_traced.handle, layer.weight
+        with fake_device.strict(), torch.no_grad():
+            compiled._weight_gradient(above, inputs, work, weight.shape, weight.stride())
+            if gradient == "cut":
+                compiled._input_gradient(above, inputs, weight, work)
+
+
+@pytest.mark.parametrize("frozen", [0, 3])
+@pytest.mark.parametrize("kernel", ["dense", "gather"])
+@pytest.mark.parametrize("gradient", ["exact", "cut"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_operators_of_compiled_layers_do_not_wait(apart, name, gradient, kernel, frozen):
+    apart(operators, name, gradient, kernel, frozen)
 
 
 WAITS = {

@@ -24,6 +24,7 @@ from harness.run.replays import Replays
 from harness.storage.provenance import Slot
 from harness.storage.schema import EpochRecord
 from harness.train.assembly import assemble
+from harness.train.compiling import start_anew
 from harness.train.kept import kept_for_backward
 from harness.train.loop import Loop
 from harness.train.tuning import Tuning, autocast, numerics
@@ -102,9 +103,11 @@ def test_frozen_rows_keep_their_bits_and_the_others_move(net, optimizer, precisi
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("gradient", ["exact", "cut"])
 def test_compiled_layers_do_what_eager_ones_do(net, gradient, mode, exact):
+    start_anew()
     net.drop.p = 0.0
     net.to(DEVICE)
     eager = copy.deepcopy(net)

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ def compiled(model: nn.Module) -> nn.Module:
     comes, a resumed trial would begin by another graph than an uninterrupted one, which may round
     otherwise.
     """
+    # The suite's precision decides that, and inductor advises against it.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     module: Any = torch.compile(model, backend=BACKEND, dynamic=False)
     assert isinstance(module, nn.Module)
     return module
