@@ -1,8 +1,8 @@
 """Deciding leaves no trace: modes, buffers, random streams, precision, memory."""
 
 import copy
+import gc
 import random
-from contextlib import suppress
 
 import numpy
 import pytest
@@ -65,16 +65,23 @@ def test_deciding_is_in_float32_under_autocast_and_in_half_precision(net):
     assert torch.equal(phi(half, rounded, inputs, neq.NeuronIndex(half), "dataset"), expected)
 
 
-def test_memory_does_not_grow_with_the_validation_set():
+@pytest.fixture
+def newborn():
+    """What is there already, of other tests, is not among the garbage collector's objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_memory_does_not_grow_with_the_validation_set(newborn):
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
     index, before = neq.NeuronIndex(model), snapshot(model)
     alive = []
 
-    others = _tensors()  # held, so that none of an earlier test's dies in between
-
     def batches(count):
         for _ in range(count):
-            alive.append(_bytes_beside(others))
+            alive.append(_tensor_bytes())
             yield torch.randn(4, 1, 24, 24)
 
     def peak(count):
@@ -87,28 +94,15 @@ def test_memory_does_not_grow_with_the_validation_set():
     assert peak(12) == few
 
 
-def _tensors():
-    """All tensors that are alive."""
-    import gc
-
+def _tensor_bytes():
+    """Bytes of all tensors that are alive, each storage once."""
     gc.collect()
-    return [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
-
-
-def _bytes_beside(others):
-    """Bytes of the tensors that are alive and not among the others, each storage once."""
-    known = set(_storages(others))
-    return sum(size for at, size in _storages(_tensors()).items() if at not in known)
-
-
-def _storages(tensors):
-    """Address and size of each storage; one that another test's graph was traced with has none."""
-    found = {}
-    for tensor in tensors:
-        with suppress(RuntimeError):
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+    storages = (
+        thing.untyped_storage()
+        for thing in gc.get_objects()
+        if type(thing) in (torch.Tensor, nn.Parameter)
+    )
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_bad_validation_batches_are_said_plainly(net):

@@ -161,7 +161,7 @@ def test_a_full_disk(tmp_path, little_disk, executor, shared_ray):
         while True:
             file.write(bytes(4096))
     text, error = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2
+    assert process.returncode == 2, text + error
     assert error.count("\n") == 1
     assert "No space left on device; mend that and run the same command again" in error
     assert "failed" not in text
