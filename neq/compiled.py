@@ -70,9 +70,10 @@ _BODIES: dict[str, Callable[..., Tensor]] = {
 # Row counts are fixed in a CUDA graph (mode="reduce-overhead"): inductor leaves these outside.
 _TAGS = [torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe]
 for _name, _body in _BODIES.items():
-    # torch.library.custom_op does the same, and costs each call twice the time of a small kernel.
+    # torch.library.custom_op would check each call in Python: that takes longer than a small layer.
     torch.library.define(f"neq::{_name}", f"({_SCHEMAS[_name]}) -> Tensor", tags=_TAGS)
-    torch.library.impl(f"neq::{_name}", "default", _body)
+    # Not `impl`: dynamo would trace the body, where the backward is part of what it compiles.
+    torch.library.register_kernel(f"neq::{_name}", None, _body)
 
 torch.library.register_fake(
     "neq::weight_gradient",

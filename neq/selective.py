@@ -55,9 +55,9 @@ class Traced:
 
     def _dense(self, weight: Tensor) -> Work:
         """All rows, told on the weight's device: a GPU would be waited for in each backward."""
-        nobody = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-        groups = 1 if self._shape is None else self._shape.groups
-        return Work("dense", everything(nobody, groups), self.cut, self._shape)
+        nobody = torch.zeros(len(weight), dtype=torch.bool)
+        rows = everything(nobody, 1 if self._shape is None else self._shape.groups)
+        return Work("dense", rows.to(weight.device), self.cut, self._shape)
 
     def ends(self, inputs: Tensor) -> bool:
         """Whether no gradient leaves the layer: neither for what is upstream nor for its own."""

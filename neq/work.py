@@ -39,7 +39,7 @@ class Work:
         rows = self.rows.to(gradient.device)
         if self.kernel == "dense":
             full = _strided(self._product(gradient, x, rows), stride)
-            return full.index_fill_(0, rows.fillers, 0) if rows.fillers.numel() else full
+            return full.index_fill_(0, rows.fillers, 0) if len(rows.fillers) else full
         computed = self._product(rows.gather(gradient), x, rows)
         return rows.scatter(computed, size, stride, versioned=False)
 
@@ -138,6 +138,8 @@ def _without(rows: Rows, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
     Their product is the input gradient, so that the smaller one is enough.
     """
+    if not len(rows.fillers):
+        return gradient, weight
     if weight.numel() <= gradient.numel():
         return gradient, weight.index_fill(0, rows.fillers, 0)
     return gradient.index_fill(1, rows.fillers, 0), weight

@@ -260,13 +260,14 @@ def test_the_freezer_may_come_before_the_compiler_and_go(net):
     assert type(net.conv) is nn.Conv2d
 
 
-def test_a_compiled_step_freezes_the_rows(net):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])  # eager: dynamo sees the backward, too
+def test_a_compiled_step_freezes_the_rows(net, backend):
     net.drop.p = 0.0
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     freezer = freeze(net, some(net, 0), optimizer)
     inputs = torch.randn(4, 3, 6, 6)
 
-    @torch.compile(backend="aot_eager")
+    @torch.compile(backend=backend)
     def step():
         optimizer.zero_grad()
         loss = net(inputs).square().mean()

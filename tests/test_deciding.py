@@ -67,7 +67,7 @@ def test_deciding_is_in_float32_under_autocast_and_in_half_precision(net):
 
 @pytest.fixture
 def newborn():
-    """What is there already, of other tests, is not among the garbage collector's objects."""
+    """What other tests have left is not among the garbage collector's objects, and not counted."""
     gc.collect()
     gc.freeze()
     yield

@@ -31,7 +31,7 @@ def compiled(model: nn.Module) -> nn.Module:
     comes, a resumed trial would begin by another graph than an uninterrupted one, which may round
     otherwise.
     """
-    # The suite's precision decides that, and inductor advises against it.
+    # Inductor advises TensorFloat32 wherever it is off; the recipe's precision decides.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     module: Any = torch.compile(model, backend=BACKEND, dynamic=False)
     assert isinstance(module, nn.Module)
