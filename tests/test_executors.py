@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 from trials import WIDE, assert_same_results, keep_tuning, small
 
 from harness.errors import UserError
@@ -175,3 +176,14 @@ def test_more_than_the_machine_has(tmp_path, shared_ray):
     with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
         list(Ray("127.0.0.1:9").run([small("baseline")], str(tmp_path)))
     assert not any(Path(tmp_path).glob("*/trials/*"))
+
+
+def test_a_task_that_has_said_its_last_is_left_to_end(tmp_path, shared_ray, monkeypatch):
+    """Ray aborts the whole driver where it cancels a task that is just ending."""
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "leases").write_text("no folder")
+    cancelled = []
+    monkeypatch.setattr(ray, "cancel", lambda stream, **_: cancelled.append(stream))
+    with pytest.raises(UserError, match=r"leases/.* can't be written: .*; mend that"):
+        list(Ray().run([small("baseline")], str(tmp_path)))
+    assert not cancelled

@@ -247,7 +247,7 @@ class _Task:
                 return False
             self.seen, self.deaths = event.epoch + 1, 0
             self.ended = self.seen == self.spec.suite.recipe.epochs
-        self.ended |= isinstance(event, Failure | Elsewhere)
+        self.ended |= isinstance(event, Failure | Elsewhere | Halted)
         return True
 
 
@@ -344,6 +344,8 @@ class _RayTasks:
         import ray
 
         task = self.tasks.pop(stream)
+        if task.ended:  # Ray ends the driver where a task ends in the moment in which it is killed
+            return
         if self._head.answers():
             ray.cancel(stream, force=True)
         location = Store(self._root, task.spec.suite.name).location
