@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from harness.errors import UserError, one_line
+from harness.paths import lost_link
 
 FAILURES = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
 
@@ -20,6 +21,9 @@ def fetch(root: Path, folder: str, get: Callable[[Path], object], where: str) ->
     Does nothing where the folder is there; others wait. Raises UserError with `where` to get it.
     """
     staging = root / f".fetching-{folder}"
+    lost = lost_link(root / folder)
+    if lost:
+        raise UserError(lost)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock"):
@@ -27,7 +31,7 @@ def fetch(root: Path, folder: str, get: Callable[[Path], object], where: str) ->
                 shutil.rmtree(staging, ignore_errors=True)
                 get(staging)
                 (staging / folder).rename(root / folder)
-                shutil.rmtree(staging)
+                shutil.rmtree(staging, ignore_errors=True)  # NFS keeps what somebody still reads
     except FAILURES as error:
         raise UserError(
             f"{root}: the data can't be downloaded ({one_line(error)}); {where}"

@@ -1,15 +1,20 @@
 """The hub's parquet shards with encoded images, readable at random without unpacking them to files.
 
+Its two layouts are known: train-00000-of-00002.parquet, as data sets come, and the folders
+default/train/0000.parquet, as it converts them.
+
 Parquet has to be decoded by groups of rows, so each part is copied once into an Arrow file beside
 the shards, which is mapped into memory: a sample costs its own bytes.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
@@ -18,9 +23,17 @@ from rich.progress import track
 from torch import Tensor
 
 from harness.errors import UserError, one_line
+from harness.paths import files_below
 
 ROWS = 256  # copied at a time
 SCHEMA = pa.schema([("image", pa.large_binary()), ("label", pa.int64())])
+PARTS = {  # what words in the names of files and folders say so
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+IMAGES = ("image", "img", "images", "picture", "jpg", "jpeg", "png", "webp")
+LABELS = ("label", "labels", "fine_label", "class", "cls", "class_id", "target", "category")
 
 
 class Encoded:
@@ -38,9 +51,35 @@ class Encoded:
         return encoded
 
 
-def shards(root: Path, part: str) -> list[Path]:
-    """The part's parquet files below `root`."""
-    return sorted(root.glob(f"**/{part}-*.parquet"))
+def shards(root: Path, part: str, *, called: bool = False) -> list[Path]:
+    """The part's parquet files below `root`: those called train-….parquet or, where there is none
+    and this is not asked for, those whose name or folder has that word in it.
+
+    Raises UserError where they belong to several data sets.
+    """
+    files = sorted(map(Path, files_below(root, [".parquet"]))) if root.is_dir() else []
+    found = [file for file in files if file.name.startswith(f"{part}-")]
+    counted = not found or "-of-" in found[0].name
+    if not found and not called:
+        found = [file for file in files if _part_of(file.relative_to(root)) == part]
+    for file in found:
+        other = next(f for f in found if f.name == file.name)
+        if counted and other != file:
+            raise UserError(
+                f"{root}: there are several data sets, as {other.relative_to(root)} and "
+                f"{file.relative_to(root)} show; point --set data.root=… at the folder of one"
+            )
+    return found
+
+
+def _part_of(file: Path) -> str | None:
+    """The part that a word in the file's name stands for, or in that of the nearest folder."""
+    for name in (file.stem, *reversed(file.parts[:-1])):
+        for word in re.split("[^a-z]+", name.lower()):
+            for part, words in PARTS.items():
+                if word in words:
+                    return part
+    return None
 
 
 def encoded(root: Path, part: str) -> Encoded:
@@ -49,10 +88,7 @@ def encoded(root: Path, part: str) -> Encoded:
     Raises UserError for shards that are missing, damaged or without images and labels, and where
     the copy can't be written.
     """
-    files = shards(root, part)
-    if not files:
-        raise UserError(f"{root}: no {part}-*.parquet beside the other parquet files; add them")
-    _check_complete(files, part)
+    files = complete(root, part, shards(root, part))
     known = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     name = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
     path = root / f".neqbench-{part}-{name}.arrow"
@@ -72,14 +108,23 @@ def encoded(root: Path, part: str) -> Encoded:
         ) from None
 
 
-def _check_complete(files: list[Path], part: str) -> None:
-    """The names say how many there are: train-00000-of-00294.parquet."""
+def complete(root: Path, part: str, files: list[Path]) -> list[Path]:
+    """The part's `files`; raises UserError where there is none, or their names say that some are
+    missing: train-00000-of-00294.parquet tells how many there are, 0003.parquet how many before it.
+    """
+    if not files:
+        raise UserError(f"{root}: no {part}-*.parquet beside the other parquet files; add them")
     _, of, total = files[0].stem.partition("-of-")
     if of and total.split("-")[0].isdecimal() and len(files) != int(total.split("-")[0]):
         raise UserError(
             f"{files[0].parent}: {len(files)} of {int(total.split('-')[0])} {part} shards are "
             "there; add the others"
         )
+    numbers = [int(file.stem) for file in files if re.fullmatch("[0-9]{4}", file.stem)]
+    lacking = sorted({*range(max(numbers, default=0))} - {*numbers})
+    if lacking:
+        raise UserError(f"{files[0].parent}: {lacking[0]:04d}.parquet is not there; add it")
+    return files
 
 
 def _copy(files: list[Path], path: Path) -> None:
@@ -91,24 +136,59 @@ def _copy(files: list[Path], path: Path) -> None:
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for file in _followed(files):
-                for batch in _batches(file):
+                for batch in rows(file, "image"):
                     writer.write_batch(batch)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+def rows(file: Path, usual: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a parquet file: "image", encoded as large_binary, and "label", int64.
+
+    Columns are found by the names that are common for them, that of images at `usual` first. Raises
+    UserError for a file that is damaged or has none of them.
+    """
     try:
-        for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=["image", "label"]):
-            images = batch.column("image").field("bytes").cast(pa.large_binary())
-            labels = batch.column("label").cast(pa.int64())
-            yield pa.record_batch([images, labels], schema=SCHEMA)
-    except (pa.ArrowException, KeyError, AttributeError, OSError) as error:
+        parquet = pq.ParquetFile(file)
+        image, label = _columns(file, parquet.schema_arrow, usual)
+        for batch in parquet.iter_batches(ROWS, columns=[image, label]):
+            encoded, labels = batch.column(image), batch.column(label).cast(pa.int64())
+            if pa.types.is_struct(encoded.type):
+                encoded = pc.struct_field(encoded, "bytes")
+            if encoded.null_count or labels.null_count:
+                raise ValueError("rows without the bytes of an image, or without a label")
+            yield pa.record_batch([encoded.cast(pa.large_binary()), labels], schema=SCHEMA)
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(
-            f"{file}: truncated, damaged, or without the columns image (struct with bytes) "
-            f"and label ({one_line(error)}); replace the file"
+            f"{file}: truncated, damaged or incomplete ({one_line(error)}); replace the file"
         ) from None
+
+
+def _columns(file: Path, schema: pa.Schema, usual: str) -> tuple[str, str]:
+    """The names of the columns with the images and the labels."""
+    there = {field.name: field.type for field in schema}
+    images = [name for name in (usual, *IMAGES) if _holds_images(there.get(name))]
+    labels = [name for name in LABELS if name in there and pa.types.is_integer(there[name])]
+    if images and labels:
+        return images[0], labels[0]
+    others = ", ".join(name for name in IMAGES if name != usual)
+    raise UserError(
+        f"{file}: without the columns {usual} (bytes, or a struct with bytes; or called {others}) "
+        f"and label (whole numbers; or called {', '.join(LABELS[1:])}): there are "
+        f"{', '.join(f'{name} ({kind})' for name, kind in there.items())}; rename them"
+    )
+
+
+def _holds_images(kind: pa.DataType | None) -> bool:
+    if kind is not None and pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        kind = kind.field(place).type if place >= 0 else None
+    if kind is None:
+        return False
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+    )
 
 
 def _followed(files: list[Path]) -> Iterable[Path]:

@@ -185,7 +185,7 @@ def test_folders_that_are_not_there(folder, spoil, message):
             "train/class 2 is in one part",
         ),
         (lambda d: shard(d / "validation-00000-of-00001.parquet", [-1]), "labels below 0"),
-        (lambda d: shard(d / "train-00000-of-00002.parquet", [0], column="img"), "columns image"),
+        (lambda d: shard(d / "train-00000-of-00002.parquet", [0], column="photo"), "columns image"),
         (lambda d: (d / "train-00000-of-00002.parquet").write_bytes(b"PAR1"), "truncated, damaged"),
     ],
 )

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from harness.errors import UserError, one_line
+from harness.paths import lost_link
+from harness.run.ray_folder import check_ray_folder, ray_folder
 from harness.storage import leases
 from harness.storage.locations import open_location
 from harness.storage.provenance import PACKAGES
@@ -152,6 +154,7 @@ def _ray(address: str | None) -> Iterator[Finding]:
     ]
     token = "a token is there" if any(given) else "no token"
     if not where:
+        check_ray_folder()
         yield Finding(
             "Ray",
             found="a run starts its own on this machine; --address or RAY_ADDRESS joins a cluster "
@@ -192,7 +195,7 @@ def _results(results: str) -> Iterator[Finding]:
 
 def _space(results: str) -> Iterator[Finding]:
     spots = {} if "://" in results else {"space for results": Path(results).absolute()}
-    spots["space for Ray"] = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+    spots["space for Ray"] = ray_folder().absolute()
     for what, path in spots.items():
         there = next(p for p in (path, *path.parents) if p.exists())
         usage = shutil.disk_usage(there)
@@ -215,7 +218,8 @@ def _data() -> Iterator[Finding]:
             yield Finding(what, found=f"in {root}")
         else:
             mend = f"neqbench prepare {names[0]}, --set data.root=…, or --synthetic"
-            yield Finding(what, found=f"none in {root}; {mend}", note=True)
+            lost = lost_link(Path(root))
+            yield Finding(what, found=lost or f"none in {root}; {mend}", note=True)
     for extra, module in {
         "swin": "timm",
         "coco": "pycocotools",

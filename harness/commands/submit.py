@@ -16,6 +16,7 @@ from rich.text import Text
 
 from harness.commands.options import RunOptions
 from harness.errors import UserError, one_line
+from harness.paths import lost_link
 from harness.run.trials import chosen_methods, chosen_seeds
 from harness.storage.locations import open_location
 from harness.storage.provenance import provenance
@@ -54,7 +55,7 @@ def submit(options: RunOptions, address: str, console: Console) -> None:
         _tell(how, running[0], suite.name, options.results, address, console)
         return
     number = max((int(known.rpartition("-")[2]) for known in earlier), default=0) + 1
-    with tempfile.TemporaryDirectory() as staging:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as staging:
         where = _stage(Path(staging), options.suite, folder)
         with _answering(address):
             sent = client.submit_job(
@@ -125,21 +126,47 @@ def _stage(staging: Path, suite: str, folder: Path) -> str:
         shutil.copytree(SHIPPED.parent / package, staging / package, ignore=skipped)
     if suite in files.shipped_suites():
         return suite
-    own = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "data", "results")
     where = Path("own") / folder.name
-    try:
-        shutil.copytree(folder, staging / where, ignore=own)
-    except (OSError, shutil.Error) as error:
-        raise UserError(f"{folder} can't be copied to be sent: {one_line(error)}") from None
-    size = sum(path.stat().st_size for path in (staging / where).rglob("*"))
-    if size > LARGE:
-        raise UserError(
-            f"{folder} holds {size / 2**20:.0f} MiB besides data/ and results/; move what is no "
-            "code out of it, to where every node sees it"
-        )
+    _copy(folder, staging / where)
     file = where / files.suite_file(suite).name
     files.load_suite(str(staging / file))  # what it extends must be there, too
     return str(file)
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Copy a suite's own folder, links as what they point to; raises UserError where it can't be
+    copied, or is too large to be sent.
+    """
+    size = 0
+
+    def copied(source: str, target: str) -> None:
+        nonlocal size
+        size += Path(source).stat().st_size
+        if size > LARGE:
+            raise UserError(
+                f"{folder} holds more than {LARGE / 2**20:.0f} MiB besides data/ and results/, up "
+                f"to {source}; move what is no code out of it, to where every node sees it"
+            )
+        shutil.copy2(source, target)
+
+    try:
+        shutil.copytree(folder, to, ignore=_unsent, copy_function=copied)
+    except OSError as error:
+        where, why = folder, one_line(error)
+        if isinstance(error, shutil.Error):  # one entry for each file
+            where, _, why = error.args[0][0]
+        why = lost_link(Path(where)) or why
+        raise UserError(f"{folder} can't be copied to be sent: {why}") from None
+
+
+def _unsent(folder: str, names: list[str]) -> set[str]:
+    """What is no code, and links that lead back to where they are met."""
+    skipped = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "data", "results")(folder, names)
+    above = {path.resolve() for path in (Path(folder), *Path(folder).parents)}
+    paths = [Path(folder, name) for name in names if name not in skipped]
+    return skipped | {
+        p.name for p in paths if p.is_symlink() and p.exists() and p.resolve() in above
+    }
 
 
 def _environment() -> dict[str, str]:

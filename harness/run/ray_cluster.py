@@ -11,6 +11,7 @@ from typing import Any
 
 from harness import parallel
 from harness.errors import UserError, one_line
+from harness.run.ray_folder import check_ray_folder, ray_folder
 from harness.storage.provenance import Slot
 from harness.suite.config import Recipe, TrialSpec
 from harness.train.tuning import check_recipe
@@ -212,13 +213,19 @@ def named(address: str | None) -> str | None:
 def _connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
+    # Else below `uv run` Ray would send all that lies in the working directory to its workers.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Without "local" Ray would join whatever was last started on this machine, alive or not.
     address = named(address) or "local"
+    if address == "local":
+        check_ray_folder()
+    import ray
+
     polite = signal.getsignal(signal.SIGTERM)
+    answers = False
     try:
         knock(address)
+        answers = address != "auto"
         ray.init(
             address=address,
             include_dashboard=False if address == "local" else None,
@@ -226,12 +233,25 @@ def _connect(address: str | None) -> None:
             logging_level="CRITICAL",
         )
         signal.signal(signal.SIGTERM, polite)  # Ray's own would print its stack and die
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(
-            f"no Ray cluster answers at {address} ({one_line(error)}); check --address, "
-            "RAY_ADDRESS and, where the cluster asks for one, the token (RAY_AUTH_MODE, "
-            "RAY_AUTH_TOKEN)"
-        ) from None
+    except Exception as error:
+        answers &= not isinstance(error, (ConnectionError, TimeoutError, ray.exceptions.RpcError))
+        raise UserError(_refused(address, error, answers)) from None
+
+
+def _refused(address: str, error: Exception, answers: bool) -> str:
+    """Why there is no connection, in a line; `answers`: whether somebody is there."""
+    if address == "local":
+        return (
+            f"Ray can't start on this machine ({one_line(error)}); its logs are below "
+            f"{ray_folder()}, and --executor inline does without it"
+        )
+    what = f"no Ray cluster answers at {address}"
+    if answers:
+        what = f"the Ray cluster at {address} can't be joined"
+    return (
+        f"{what} ({one_line(error)}); check --address, RAY_ADDRESS and, where the cluster asks for "
+        "one, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+    )
 
 
 def knock(address: str) -> None:

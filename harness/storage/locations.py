@@ -10,7 +10,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from harness.errors import UserError, one_line
+from harness.paths import lost_link
 
 BUCKETS = ("s3", "gs")
 PART = r"[\w.=+-]+"  # of a bucket's URI
@@ -147,6 +148,8 @@ class Folder(Location):
             try:
                 return sorted(p.name for p in (self._path / folder).iterdir() if p.name[0] != ".")
             except (FileNotFoundError, NotADirectoryError):
+                if lost_link(self._path):
+                    raise
                 return []
 
     def remove(self, name: str) -> None:
@@ -156,24 +159,31 @@ class Folder(Location):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                _unlink(path)
 
     def sweep(self, folder: str) -> None:
         """See Location."""
         with self._failing("written", folder):
             for path in (self._path / folder).glob(".*"):
-                path.unlink(missing_ok=True)
+                if path.is_symlink() or not path.is_dir():  # folders are not a writer's
+                    _unlink(path)
 
     @contextmanager
     def _failing(self, done: str, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            why = error.strerror or one_line(error)
+            why = lost_link(self._path / name) or error.strerror or one_line(error)
             raise StorageError(
                 f"{self.path(name)} can't be {done}: {why}; mend that "
                 "and run the same command again (or choose another place with --results)"
             ) from None
+
+
+def _unlink(path: Path) -> None:
+    """Remove a file, but for one that NFS keeps under such a name as long as somebody reads it."""
+    with suppress(OSError) if path.name.startswith(".nfs") else nullcontext():
+        path.unlink(missing_ok=True)
 
 
 def _flushed(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import UserError
+from harness.paths import lost_link, read_text
 from harness.suite import sweep
 from harness.suite.config import Suite
 from harness.suite.imports import SHIPPED
@@ -66,16 +67,15 @@ def suite_file(name: str) -> Path:
     if path.suffix == ".toml" and path.is_file():
         return path.resolve()
     raise UserError(
-        f"unknown suite {name!r}{_similar(name, known)}: it is neither one of "
+        lost_link(path)
+        or f"unknown suite {name!r}{_similar(name, known)}: it is neither one of "
         f"{', '.join(known)} nor a folder with a suite.toml"
     )
 
 
 def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        values = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     base = values.pop("extends", None)

@@ -41,18 +41,22 @@ def importing(folder: Path | str) -> Iterator[None]:
 
 
 def own(path: Path, folder: Path) -> bool:
-    """Whether a file below the folder is the user's: neither of an environment that lies there, nor
-    of neqbench itself.
+    """Whether a file below the folder, or linked there, is the user's: neither of an environment
+    that lies there, nor of neqbench itself.
     """
-    if not path.is_relative_to(folder) or "site-packages" in path.relative_to(folder).parts:
+    if not path.is_relative_to(folder):
         return False
-    return not any(path.is_relative_to(o) and not folder.is_relative_to(o) for o in OURS)
+    real = path.resolve()
+    inside = real.relative_to(folder) if real.is_relative_to(folder) else real
+    if "site-packages" in (*path.relative_to(folder).parts, *inside.parts):
+        return False
+    return not any(real.is_relative_to(o) and not folder.is_relative_to(o) for o in OURS)
 
 
 def _below(module: ModuleType, folder: Path) -> bool:
     """Whether a module, or a package without a file, is the user's own below the folder."""
     where = [module.__file__] if getattr(module, "__file__", None) else _paths(module)
-    return any(own(Path(path).resolve(), folder) for path in where if path)
+    return any(own(Path(path).absolute(), folder) for path in where if path)
 
 
 def _paths(module: ModuleType) -> list[str]:
@@ -122,12 +126,12 @@ def modules_below(folder: Path, start: Iterable[Path]) -> set[Path]:
     Found by reading them, so that an import inside a function counts, too.
     """
     found: set[Path] = set()
-    todo = [path.resolve() for path in start]
+    todo = [path.absolute() for path in start]  # not where a link leads: that is elsewhere
     while todo:
         path = todo.pop()
         if path not in found and own(path, folder):
             found.add(path)
-            todo += [file.resolve() for file in _imported(path, folder) if file.is_file()]
+            todo += [file.absolute() for file in _imported(path, folder) if file.is_file()]
     return found
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from harness.data import Data, Images, Split
 from harness.errors import UserError, one_line
 from harness.vision import torchvision
+from suites import hub
 from suites.archives import fetch
 from suites.pictures import decode
 
@@ -26,7 +26,8 @@ def load(options: Data) -> Images:
     Raises UserError for missing, damaged or foreign files, and where a download fails.
     """
     root = Path(options.root)
-    shards = {part: sorted(root.glob(f"**/{part}-*.parquet")) for part in ("train", "test")}
+    packed = (root / BINARIES).is_dir()
+    shards = {part: hub.shards(root, part, called=packed) for part in ("train", "test")}
     if any(shards.values()):
         train, test = (_parquet(root, part, shards[part]) for part in ("train", "test"))
         name = "CIFAR-10 (JPEG)" if _is_jpeg(shards["test"][0]) else "CIFAR-10"
@@ -68,10 +69,8 @@ def _download(root: Path) -> None:
 
 
 def _parquet(root: Path, part: str, shards: list[Path]) -> Split:
-    if not shards:
-        raise UserError(f"{root}: no {part}-*.parquet beside the other parquet files; add them")
-    tables = [_read(path) for path in shards]
-    encoded = pa.chunked_array([chunk for table in tables for chunk in table["bytes"].chunks])
+    tables = [_read(path) for path in hub.complete(root, part, shards)]
+    encoded = pa.chunked_array([chunk for table in tables for chunk in table["image"].chunks])
     labels = torch.cat([torch.from_numpy(table["label"].to_numpy().copy()) for table in tables])
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) > 9:
         raise UserError(f"{shards[0]}: labels must be 0 to 9 and at least one; is it CIFAR-10?")
@@ -87,15 +86,7 @@ def _parquet(root: Path, part: str, shards: list[Path]) -> Split:
 
 
 def _read(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path, columns=["img", "label"])
-        encoded = pa.chunked_array([c.field("bytes") for c in table["img"].chunks], pa.binary())
-        return pa.table({"bytes": encoded, "label": table["label"]})
-    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: truncated, damaged, or without the columns img (struct with bytes) and "
-            f"label ({one_line(error)}); replace the file"
-        ) from None
+    return pa.Table.from_batches(hub.rows(path, "img"), hub.SCHEMA)
 
 
 def _decode(encoded: bytes, where: str) -> Tensor:
@@ -106,4 +97,4 @@ def _decode(encoded: bytes, where: str) -> Tensor:
 
 
 def _is_jpeg(shard: Path) -> bool:
-    return bool(_read(shard)["bytes"][0].as_py().startswith(b"\xff\xd8"))
+    return bool(_read(shard)["image"][0].as_py().startswith(b"\xff\xd8"))

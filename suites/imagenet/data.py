@@ -1,7 +1,8 @@
 """ImageNet, or any images in one folder for each class, or the hub's parquet shards of them.
 
 Below the root either train/<class>/*.JPEG and val/<class>/*.JPEG, or train-*.parquet and
-validation-*.parquet. The data can't be downloaded without an account: see `WHERE`.
+validation-*.parquet, or default/train/0000.parquet and default/validation/0000.parquet. The data
+can't be downloaded without an account: see `WHERE`.
 """
 
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 
 from harness.data import Data, Samples, Source, Transform
-from harness.errors import UserError, one_line
+from harness.errors import UserError
+from harness.paths import files_below, lost_link, passed_over
 from harness.vision import torchvision
 from suites import hub
 from suites.pictures import decode
 
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WHERE = (
     "get ILSVRC2012 from image-net.org and unpack it to train/<class>/ and val/<class>/, or the "
@@ -24,23 +27,42 @@ WHERE = (
 
 
 class ClassFolders:
-    """torchvision's ImageFolder with errors that name the picture."""
+    """Pictures in one folder for each class, or below it, in torchvision's order.
+
+    Hidden files and folders are no pictures and no classes, nor is what other programs leave there.
+    """
 
     def __init__(self, root: Path, part: str) -> None:
-        datasets = torchvision("torchvision.datasets")
-        try:
-            self._files = datasets.ImageFolder(str(root / part))
-        except FileNotFoundError as error:
-            raise UserError(f"{root / part}: {one_line(error)}; {WHERE}") from None
-        self.classes: list[str] = self._files.classes
-        self.labels = torch.tensor(self._files.targets)
+        folder = root / part
+        self.classes = _classes(folder)
+        inside = [files_below(folder / name, ENDINGS) for name in self.classes]
+        empty = [name for name, files in zip(self.classes, inside, strict=True) if not files]
+        if empty or not inside:
+            what = f"for the classes {', '.join(empty[:3])}" if empty else "nor a class folder"
+            raise UserError(
+                f"{folder}: Found no valid file {what}; pictures end in {', '.join(ENDINGS)}; add "
+                "some, or remove the folder"
+            )
+        self._files = [file for files in inside for file in files]
+        self.labels = torch.tensor([n for n, files in enumerate(inside) for _ in files])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self._files.samples[index]
-        return decode(Path(path), path), label
+        path = self._files[index]
+        return decode(Path(path), path), int(self.labels[index])
+
+
+def _classes(folder: Path) -> list[str]:
+    """The names of the class folders; raises UserError for a link that leads nowhere."""
+    if not folder.is_dir():
+        return []
+    there = [path for path in sorted(folder.iterdir()) if not passed_over(path.name)]
+    for path in there:
+        if path.is_symlink() and (lost := lost_link(path)):
+            raise UserError(lost)
+    return [path.name for path in there if path.is_dir()]
 
 
 class Shards:
@@ -69,7 +91,8 @@ def load(options: Data) -> Samples:
     root, arguments = Path(options.root), dict(options.arguments)
     train: Source
     test: Source
-    if hub.shards(root, "train") or hub.shards(root, "validation"):
+    pictures = all(_classes(root / part) for part in ("train", "val"))
+    if any(hub.shards(root, part, called=pictures) for part in ("train", "validation")):
         train, test = Shards(root, "train"), Shards(root, "validation")
         names = [sorted({f"class {n}" for n in s.labels.tolist()}) for s in (train, test)]
     else:
@@ -90,8 +113,19 @@ def load(options: Data) -> Samples:
 def _folders(root: Path) -> tuple[ClassFolders, ClassFolders]:
     for part in ("train", "val"):
         if not (root / part).is_dir():
-            raise UserError(f"{root}: no folder {part} and no parquet files; {WHERE}")
+            raise UserError(lost_link(root / part) or _missing(root, part))
     return ClassFolders(root, "train"), ClassFolders(root, "val")
+
+
+def _missing(root: Path, part: str) -> str:
+    parquet = files_below(root, [".parquet"]) if root.is_dir() else []
+    if parquet:
+        return (
+            f"{root}: no folder {part}, and of the parquet files, such as {parquet[0]}, no name or "
+            "folder says that they are of train or validation: call them train-….parquet and "
+            "validation-….parquet, or put them into folders of that name"
+        )
+    return f"{root}: no folder {part} and no parquet files; {WHERE}"
 
 
 def _check_classes(root: Path, names: list[list[str]], expected: int) -> None:
@@ -100,8 +134,10 @@ def _check_classes(root: Path, names: list[list[str]], expected: int) -> None:
     only += [f"val/{name}" for name in sorted({*test} - {*train})]
     if only:
         verb = "are" if len(only) > 1 else "is"
+        more = f" and {len(only) - 3} more" if len(only) > 3 else ""
         raise UserError(
-            f"{root}: {', '.join(only[:3])} {verb} in one part and not the other; {WHERE}"
+            f"{root}: {', '.join(only[:3])}{more} {verb} in one part and not the other: add them "
+            "there, or take them out here"
         )
     if len(train) != expected:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from harness.data import Data, Samples
 from harness.errors import UserError, one_line
+from harness.paths import read_text
 from harness.vision import torchvision
 from suites.pictures import decode, decode_labels
 from suites.segmentation.transforms import IGNORE, labelled, transforms
@@ -97,7 +99,9 @@ def _coco(path: Path) -> Any:
         raise UserError("COCO needs pycocotools: pip install 'neqbench[coco]'") from None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it talks
-            index = COCO(str(path))
+            index = COCO()
+            index.dataset = dict(json.loads(path.read_text(encoding="utf-8-sig")))
+            index.createIndex()
         wrong = _foreign(index)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {WHERE_COCO}") from None
@@ -142,9 +146,9 @@ class Voc:
         self._root = root / "VOCdevkit" / "VOC2012"
         names = self._root / "ImageSets" / "Segmentation" / f"{part}.txt"
         try:
-            self.labels = names.read_text(encoding="utf-8").split()
-        except OSError as error:
-            raise UserError(f"{names}: {error.strerror}; {WHERE_VOC}") from None
+            self.labels = read_text(names).split()
+        except UserError as error:
+            raise UserError(f"{error}; {WHERE_VOC}") from None
         if not self.labels:
             raise UserError(f"{names}: names no image")
         self._check_files()
