@@ -37,7 +37,11 @@ app = typer.Typer(
 AnySuite = Annotated[str | None, typer.Argument(help="A suite; or give --model.")]
 Model = Annotated[str | None, typer.Option(metavar="MODULE:CALLABLE", help="Any model.")]
 Input = Annotated[
-    str | None, typer.Option(metavar="3x224x224", help="Shape of a sample, for --model.")
+    str | None,
+    typer.Option(
+        metavar="3x224x224",
+        help="A sample, for --model; several as ids:int64:128,attention_mask:int64:128.",
+    ),
 ]
 Compile = Annotated[
     bool, typer.Option("--compile", help="With torch.compile, for --model; a recipe says it.")

@@ -4,17 +4,18 @@ Execution order would be the wrong test: a class token enters late, a frozen bra
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
+from neq.calls import Run, tensors
 from neq.neurons import Layer, NeuronIndex
+from neq.products import Opaque, products_of
 
 NodeT = TypeVar("NodeT")
 
@@ -53,7 +54,8 @@ class Graph:
 
     Node i reads the nodes `sources[i]`, all smaller than i, and accumulates into the parameters of
     the bits `own[i]`. `roots`: the nodes of the model's outputs; `runs`: the calls of layers;
-    `products`: the matrix products outside them.
+    `products`: the matrix products outside them; `checkpointed`: whether a backward does parts of
+    the forward once more.
     """
 
     sources: list[list[int]]
@@ -61,6 +63,7 @@ class Graph:
     roots: frozenset[int]
     runs: list["_Run[int]"]
     products: list["_Operator"]
+    checkpointed: bool = False
 
     @property
     def elsewhere(self) -> int:
@@ -107,14 +110,28 @@ class Graph:
         return found
 
 
-def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[int, int]) -> Graph:
-    """The graph that `model(inputs)` leaves behind, run once with gradients.
+def trace(
+    model: nn.Module,
+    run: Run,
+    neurons: NeuronIndex,
+    numbers: dict[int, int],
+    opaque: Opaque | None = None,
+) -> Graph:
+    """The graph that `run(model)` leaves behind, run once with gradients.
 
-    `numbers`: id of each parameter → number of the bit that stands for it.
+    `numbers`: id of each parameter → number of the bit that stands for it. The outputs are what
+    the model returns, and what `run` does. `opaque`: says what the backward of somebody's own
+    autograd function multiplies (default: nothing). Regions with activation checkpointing keep
+    here what their backward needs.
     """
     recorder = _Recorder(neurons)
-    with recorder.hooks(), torch.enable_grad():
-        outputs = model(inputs)
+    outputs: list[Any] = []
+    returned = model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        with recorder.hooks(), torch.enable_grad(), _all_kept() as regions:
+            outputs.append(run(model))
+    finally:
+        returned.remove()
     roots = list(_nodes(outputs))
     order = _order([*roots, *recorder.nodes()])
     own = [numbers.get(id(getattr(node, "variable", None))) for node in order]
@@ -129,7 +146,7 @@ def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[
     ]
     owned = set().union(*(run.inside for run in runs))
     products = [
-        _Operator(position, *_products(node, order))
+        _Operator(position, *products_of(node, order, opaque))
         for node, position in order.items()
         if position not in owned
     ]
@@ -139,7 +156,25 @@ def trace(model: nn.Module, inputs: Tensor, neurons: NeuronIndex, numbers: dict[
         frozenset(order[root] for root in roots),
         runs,
         [operator for operator in products if operator.pairs],
+        bool(regions),
     )
+
+
+@contextmanager
+def _all_kept() -> Iterator[list[None]]:
+    """Inside, regions with activation checkpointing keep all; a list with an item for each."""
+    found: list[None] = []
+
+    def kept(_frame: Any) -> Any:
+        found.append(None)
+        return nullcontext()
+
+    module: Any = torch.utils.checkpoint
+    before, module._checkpoint_hook = module._checkpoint_hook, kept
+    try:
+        yield found
+    finally:
+        module._checkpoint_hook = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +237,9 @@ class _Recorder:
 
 
 def _nodes(value: Any) -> Iterator[Node]:
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            yield get_gradient_edge(leaf).node
+    for tensor in tensors(value):
+        if tensor.requires_grad:
+            yield get_gradient_edge(tensor).node
 
 
 def _sources(node: Node) -> list[Node]:
@@ -241,58 +276,3 @@ def _between(output: Node | None, inputs: frozenset[Node]) -> set[Node]:
         inner = (s for s in _sources(node) if not hasattr(s, "variable"))  # weights are shared
         stack += [s for s in inner if s not in inputs and s not in owned]
     return owned
-
-
-def _products(node: Node, order: dict[Node, int]) -> tuple[bool, list[tuple[list[int], int]]]:
-    """Whether one operator makes them all; (operands, FLOPs) of each product of its backward."""
-    name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-    operands = [source for source, _ in node.next_functions]
-    fused = name.startswith("ScaledDotProduct")
-    if fused:
-        pairs = _attention(node, operands)
-    elif name in _MATRIX_PRODUCTS:
-        flops = 2 * _MATRIX_PRODUCTS[name](node)
-        pairs = [([source], flops) for source in operands[-2:]]
-    elif name == "Convolution":
-        flops = 2 * _convolution(node)
-        pairs = [([source], flops) for source in operands[:2]]
-    else:
-        pairs = []
-    placed = [([order[o] for o in needed if o is not None], flops) for needed, flops in pairs]
-    return fused, [(needed, flops) for needed, flops in placed if needed or fused]
-
-
-def _output_shape(node: Any) -> tuple[int, ...]:
-    return tuple(node._input_metadata[0].shape)
-
-
-def _batched(node: Any, left: str, right: str) -> int:
-    """Multiply-accumulates of [b, m, k] @ [b, k, n]; an operand is saved for the other's sake."""
-    saved = getattr(node, f"_saved_{left}")
-    inner = getattr(node, f"_saved_{right}").shape[1] if saved is None else saved.shape[2]
-    return prod(_output_shape(node)) * int(inner)
-
-
-def _convolution(node: Any) -> int:
-    """Multiply-accumulates: each weight is used once per sample and position."""
-    weight = node._saved_weight
-    per_position = node._saved_input if node._saved_transposed else None
-    shape = _output_shape(node) if per_position is None else tuple(per_position.shape)
-    return shape[0] * prod(shape[2:]) * int(weight.numel())
-
-
-_MATRIX_PRODUCTS: dict[str, Callable[[Any], int]] = {
-    "Mm": lambda n: prod(_output_shape(n)) * n._saved_self_sym_sizes[1],
-    "Addmm": lambda n: prod(_output_shape(n)) * n._saved_mat1_sym_sizes[1],
-    "Bmm": lambda n: _batched(n, "self", "mat2"),
-    "Baddbmm": lambda n: _batched(n, "batch1", "batch2"),
-}
-
-
-def _attention(node: Any, operands: list[Any]) -> list[tuple[list[Any], int]]:
-    """Four products: values; probabilities, for the sake of queries and keys; queries; keys."""
-    query, key, value = operands[:3]
-    scores = prod(node._saved_query.shape[:-1]) * node._saved_key.shape[-2]
-    by_value = 2 * scores * node._saved_value.shape[-1]
-    by_query = 2 * scores * node._saved_query.shape[-1]
-    return [([value], by_value), ([query, key], by_value), ([query], by_query), ([key], by_query)]

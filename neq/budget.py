@@ -73,8 +73,12 @@ class Budget:
 
     def frozen(self, epoch: int, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         """Those at equilibrium, and as many more as the budget takes."""
+        # What has been fixed since the count costs as little as what is frozen.
+        frozen = self.policy.frozen(epoch, neurons, velocity) & neurons.freezable | neurons.fixed
+        return self._filled(frozen, neurons, velocity) & neurons.freezable
+
+    def _filled(self, frozen: Tensor, neurons: NeuronIndex, velocity: Tensor) -> Tensor:
         assert neurons.flops is not None
-        frozen = self.policy.frozen(epoch, neurons, velocity) & neurons.freezable
         speed = velocity.abs().nan_to_num(torch.inf)
         if not isinstance(self.policy, GroupEquilibrium):
             return _fill_by_rows(frozen, speed, neurons, self.flops * neurons.flops.dense)
@@ -205,14 +209,15 @@ class _LayersInOrder:
     def _fitting(self, units: list[Tensor], neurons: NeuronIndex, *, skip: bool) -> Tensor:
         """The `units` that fit, in their order; at one that does not, end, or `skip` it."""
         assert neurons.flops is not None
-        mask = torch.zeros(len(neurons), dtype=torch.bool)
+        fixed, freezable = neurons.fixed, neurons.freezable
+        mask = fixed
         for unit in units:
-            further = mask.index_fill(0, unit, True) & neurons.freezable
+            further = mask.index_fill(0, unit, True) & freezable | fixed
             if neurons.flops(further) >= self.flops * neurons.flops.dense:
                 mask = further
             elif not skip:
                 break
-        return mask
+        return mask & freezable
 
 
 def _units(neurons: NeuronIndex) -> list[Tensor]:
@@ -293,7 +298,7 @@ def _check_reach(flops: float, neurons: NeuronIndex) -> None:
     """Raises ValueError where the backward needs more even with all frozen that may freeze."""
     if neurons.flops is None:
         return
-    least = neurons.flops(neurons.freezable) / max(neurons.flops.dense, 1)
+    least = neurons.flops(neurons.freezable | neurons.fixed) / max(neurons.flops.dense, 1)
     if least > flops:
         raise ValueError(
             f"flops = {flops:g} is out of reach: with every neuron that may freeze standing still "

@@ -6,14 +6,15 @@ A rotation or a shift within the block leaves it as it is.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neq.evaluation import by_sample
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
+from neq.positions import by_sample
 
 POSITIONS = 256  # of each sample that are looked at, at the most
 CHUNK = 2**22  # elements of an output that are multiplied in float64 at a time
@@ -32,10 +33,20 @@ class CkaSums:
         self._unmatched: set[str] = set()
         self.flops = 0
 
-    def add(self, layer: Layer, before: Tensor, now: Tensor, samples: int) -> None:
-        """The outputs of one call of `layer`, of like shape, on a batch of so many samples."""
+    def add(
+        self,
+        layer: Layer,
+        before: Tensor,
+        now: Tensor,
+        samples: int,
+        masks: Sequence[Tensor] = (),
+    ) -> None:
+        """The outputs of one call of `layer`, of like shape, on a batch of so many samples.
+
+        `masks`: as of neq.positions.by_sample; what they leave out is no row.
+        """
         sums = self._sums.setdefault(layer.name, _Sums.zeros(layer.size, self._width, now.device))
-        for x, y in zip(*(_rows(out, layer, samples) for out in (now, before)), strict=True):
+        for x, y in zip(*(_rows(out, layer, samples, masks) for out in (now, before)), strict=True):
             sums.add(x.to(torch.float64), y.to(torch.float64))
 
     def miss(self, layer: str) -> None:
@@ -129,17 +140,35 @@ class _Sums:
         return float(kappa.clamp(0.0, 1.0))
 
 
-def _rows(output: Tensor, layer: Layer, samples: int) -> tuple[Tensor, ...]:
+def _rows(
+    output: Tensor, layer: Layer, samples: int, masks: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """The rows [≤ n, neurons] of an output, some of its positions of each sample, in chunks.
 
     Where samples are not its outermost axis, as many positions are drawn of the whole batch.
     """
-    parted = by_sample(output, layer.axis, samples)
+    parted, counts = by_sample(output, layer.axis, samples, masks)
     flat = parted.reshape(len(parted), -1, layer.size)
-    most = POSITIONS * samples // len(parted)
-    if flat.shape[1] > most:
-        flat = flat[:, _drawn(layer.name, flat.shape[1], most).to(output.device)]
+    if counts is not None:
+        flat = _counted(flat, counts.repeat_interleave(flat.shape[1] // counts.shape[1], 1), layer)
+    else:
+        most = POSITIONS * samples // len(parted)
+        if flat.shape[1] > most:
+            flat = flat[:, _drawn(layer.name, flat.shape[1], most).to(output.device)]
     return torch.split(flat.reshape(-1, layer.size), max(CHUNK // layer.size, 1))
+
+
+def _counted(flat: Tensor, counts: Tensor, layer: Layer) -> Tensor:
+    """The rows of each sample that count, drawn as if the sample had no others: [rows, neurons]."""
+    if flat.shape[1] > POSITIONS:
+        counts = counts.clone()
+        for row in counts:
+            places = row.nonzero().squeeze(1)
+            if len(places) > POSITIONS:
+                drawn = _drawn(layer.name, len(places), POSITIONS).to(row.device)
+                row.zero_()
+                row[places[drawn]] = True
+    return flat[counts]
 
 
 def _drawn(name: str, positions: int, most: int) -> Tensor:

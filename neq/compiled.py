@@ -230,12 +230,22 @@ def make_room(most: int = GRAPHS + 1) -> bool:
     for function in _functions.values():
         count = len(function.graphs)
         grown = count - function.known if function.known else 0
-        if count > most or (grown and count + grown > GRAPHS):
+        others = _others(function)
+        if count + others > most or (grown and count + grown + others > GRAPHS):
             full.append(function.code)
         function.known = count
     for code in full:
         forget(code)
     return bool(full)
+
+
+def _others(function: _Function) -> int:
+    """How many graphs it has, but for one, in which no layer is to be told what to do: of plain
+    models and of evaluations.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return max(len(_debug_get_cache_entry_list(function.code)) - len(function.graphs) - 1, 0)
 
 
 def forgotten() -> None:

@@ -13,21 +13,13 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from neq.batches import Batch, Forward, read_batch
 from neq.cka import CkaSums
-from neq.evaluation import (
-    Hook,
-    State,
-    arguments,
-    by_sample,
-    evaluation,
-    hooked,
-    inputs_of,
-    state_of,
-)
+from neq.evaluation import Hook, State, arguments, evaluation, hooked, run_with, state_of
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
+from neq.positions import by_sample
 
 CHUNK = 2**22  # elements of an output that are compared in float64 at a time
 
@@ -93,29 +85,31 @@ def phi(
     neurons: NeuronIndex,
     similarity: Similarity,
     cka: CkaSums | None = None,
+    forward: Forward | None = None,
 ) -> Tensor:
     """phi of each neuron: the cosine of its outputs now and in the state `before`. float64
     [neurons].
 
     "dataset" (the paper): all outputs concatenated, one cosine. "sample" (the authors' code): the
     mean of one cosine per sample, samples being the outermost axis of every output. Both outputs
-    zero: 1; exactly one: 0. NaN for a layer that was not called. `batches` yields inputs, or
-    tuples that begin with them. The model's training modes, buffers and every global random
-    stream are left as they were. `cka` is given the same outputs.
+    zero: 1; exactly one: 0. NaN for a layer that was not called. `batches` and `forward`: see
+    neq.batches; positions that a mask leaves out don't count. The model's training modes, buffers
+    and every global random stream are left as they were. `cka` is given the same outputs.
 
-    Raises ValueError where `batches` is empty, TypeError for an input that is no tensor.
+    Raises ValueError where `batches` is empty, TypeError for what is no batch, or does not fit the
+    model.
     """
     device = next(model.parameters()).device
     outputs = _OutputSums(neurons, similarity, cka)
     with evaluation(model, device), outputs.hooks():
         for batch in batches:
-            inputs = inputs_of(batch, device)
-            if not len(inputs):
+            given = read_batch(batch, device, forward)
+            if not given.samples:
                 continue
-            outputs.begin(inputs.shape[0])
-            functional_call(model, arguments(model, before), (inputs,))
+            outputs.begin(given)
+            run_with(model, arguments(model, before), given.run)
             outputs.recording = False
-            functional_call(model, arguments(model, state_of(model)), (inputs,))
+            run_with(model, arguments(model, state_of(model)), given.run)
             outputs.end()
     return outputs.result(device)
 
@@ -130,8 +124,10 @@ class _OutputSums:
         self.batches = 0
         self.recording = True
         self._samples = 0
+        self._masks: tuple[Tensor, ...] = ()
         self._before: dict[str, list[Tensor]] = {}
         self._batch: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor | None] = {}  # bool: which rows have a position that counts
         self._total: dict[str, Tensor] = {}
         self._count: dict[str, int] = defaultdict(int)
         self._unmatched: set[str] = set()
@@ -149,11 +145,11 @@ class _OutputSums:
 
         return hook
 
-    def begin(self, samples: int) -> None:
+    def begin(self, batch: Batch) -> None:
         self.batches += 1
         self.recording = True
-        self._samples = samples
-        self._before, self._batch = {}, {}
+        self._samples, self._masks = batch.samples, batch.masks
+        self._before, self._batch, self._seen = {}, {}, {}
 
     def _compare(self, layer: Layer, output: Tensor) -> None:
         recorded = self._before.get(layer.name)
@@ -162,9 +158,14 @@ class _OutputSums:
             return
         before = recorded.pop(0)
         if self.cka is not None:
-            self.cka.add(layer, before, output, self._samples)
-        sums = _sums(before, output, layer.axis, self._samples)
-        self._batch[layer.name] = self._batch.get(layer.name, 0.0) + sums
+            self.cka.add(layer, before, output, self._samples, self._masks)
+        name, how = layer.name, (layer.axis, self._samples, self._masks)
+        (a, counts), (b, _) = by_sample(before, *how), by_sample(output, *how)
+        self._batch[name] = self._batch.get(name, 0.0) + _sums(a, b, counts)
+        seen, earlier = None if counts is None else counts.any(1), self._seen.get(name)
+        if name in self._seen:  # by an earlier call
+            seen = None if seen is None or earlier is None else seen | earlier
+        self._seen[name] = seen
 
     def _miss(self, layer: str) -> None:
         self._unmatched.add(layer)
@@ -177,8 +178,11 @@ class _OutputSums:
                 self._miss(name)
         for name, sums in self._batch.items():
             per_sample = sums if self.similarity == "dataset" else _cosine(sums).unsqueeze(0)
+            seen = self._seen[name]
+            if seen is not None:
+                per_sample = per_sample[:, seen]
             self._total[name] = self._total.get(name, 0.0) + per_sample.sum(1)
-            self._count[name] += sums.shape[1]
+            self._count[name] += per_sample.shape[1]
 
     def result(self, device: torch.device) -> Tensor:
         """Over the samples of all ranks: float64 [neurons]."""
@@ -200,17 +204,27 @@ class _OutputSums:
         return torch.where((count > 0) & (missing == 0), values, torch.nan)
 
 
-def _sums(a: Tensor, b: Tensor, axis: int, samples: int) -> Tensor:
-    """(a·b, a·a, b·b) by sample and neuron: float64 [3, samples, neurons]; one row where samples
-    are not the outermost axis.
+def _sums(a: Tensor, b: Tensor, counts: Tensor | None) -> Tensor:
+    """(a·b, a·a, b·b) by row and neuron of outputs [rows, …, neurons]: float64 [3, rows, neurons].
+
+    `counts`: bool [rows, positions]; the outputs elsewhere are left out.
     """
-    a, b = (by_sample(x, axis, samples) for x in (a, b))
     rows, parts = len(a), []
     length = max(CHUNK * rows // max(a.numel(), 1), 1)
-    for part in zip(torch.split(a, length), torch.split(b, length), strict=True):
-        x, y = (p.to(torch.float64).reshape(len(p), -1, p.shape[-1]) for p in part)
+    chunks = torch.split(a, length), torch.split(b, length)
+    counted = [None] * len(chunks[0]) if counts is None else torch.split(counts, length)
+    for part, other, of in zip(*chunks, counted, strict=True):
+        x, y = _flat(part, of), _flat(other, of)
         parts.append(torch.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)]))
     return torch.cat(parts, dim=1)
+
+
+def _flat(outputs: Tensor, counts: Tensor | None) -> Tensor:
+    """float64 [rows, positions, neurons], zero where a position does not count."""
+    if counts is not None:
+        counts = counts.view(*counts.shape, *(1,) * (outputs.dim() - 2))
+        outputs = outputs.masked_fill(~counts, 0)
+    return outputs.to(torch.float64).reshape(len(outputs), -1, outputs.shape[-1])
 
 
 def _cosine(sums: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from neq.calls import Run
 
 State = dict[str, Tensor]
 
@@ -26,28 +29,24 @@ def arguments(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     }
 
 
-def inputs_of(batch: Any, device: torch.device) -> Tensor:
-    """The inputs of a batch, a tensor or a tuple that begins with one, on `device` and not in half
-    precision; raises TypeError for anything else.
-    """
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"a validation batch must begin with a tensor, not {type(inputs).__name__}")
-    return full_precision(inputs.to(device))
-
-
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor, as float32 where it is in half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def by_sample(output: Tensor, axis: int, samples: int) -> Tensor:
-    """A layer's output with its neurons, which lie at `axis`, last, and by sample: [samples, …,
-    neurons]; one row of all where samples are not the outermost axis.
-    """
-    last = output.detach().movedim(axis, -1)
-    rows = samples if last.dim() > 1 and last.shape[0] % samples == 0 else 1
-    return torch.unflatten(last, 0, (rows, -1))
+class _Holder(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Run) -> Any:
+        return run(self.model)
+
+
+def run_with(model: nn.Module, state: Mapping[str, Tensor], run: Run) -> Any:
+    """`run(model)`, in which the model's parameters and buffers are those of `state`."""
+    held = {f"model.{name}": tensor for name, tensor in state.items()}
+    return functional_call(_Holder(model), held, (run,))
 
 
 Hook = Callable[[nn.Module, Any, Tensor], None]
@@ -91,6 +90,19 @@ def _ieee() -> Iterator[None]:
             product.fp32_precision = precision
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Inside, torch's encoders call their parts: fused, they skip them, and hand nested tensors to
+    them under a padding mask.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def _older(read: Callable[[], Any]) -> Any:
     """torch's older settings, which must agree with the newer or a model that reads them fails.
 
@@ -124,7 +136,7 @@ def evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         model.eval()
         half = torch.autocast(device.type, enabled=False)
-        with uncompiled(), torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee():
+        with uncompiled(), torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee(), unfused():
             yield
     finally:
         for module, training in modes.items():

@@ -4,7 +4,7 @@ README.md beside this file tells how the parts work together.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from neq.compiled import is_compiled, make_room
 from neq.kernels import Kept, rows_for
 from neq.neurons import Layer, NeuronIndex, unwrapped
+from neq.plain import Hook, is_resting, leave_out, let_in
 from neq.selective import (
     assign,
     geometry,
+    hold,
     is_prepared,
     prepare,
     release,
@@ -51,29 +53,39 @@ class SelectiveGradients:
     """Makes the backward of a model's layers skip frozen rows, and clears what they got elsewhere.
 
     Right after the backward the rows of frozen neurons are zero, and a parameter whose every row
-    is frozen has no gradient at all. `plan`: what is computed in each layer.
+    is frozen has no gradient at all. `plan`: what is computed in each layer; `trained`: whether
+    frozen rows have been in a backward since they froze.
     """
 
-    def __init__(self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient) -> None:
-        """`model`: as it is called, wrapped or not; `neurons`: of the bare one."""
+    def __init__(
+        self, model: nn.Module, neurons: NeuronIndex, gradient: Gradient, hold: bool = False
+    ) -> None:
+        """`model`: as it is called, wrapped or not; `neurons`: of the bare one; `hold`: whether
+        running statistics stand still with their neurons.
+        """
         self._called, self._layers = model, neurons.layers
-        self._cut = gradient == "cut"
+        self.check_at_work()
+        self._cut, self._hold = gradient == "cut", hold
         self._rows: dict[Tensor, Tensor] = {}
         self._whole: dict[Tensor, None] = {}
         self._kept: dict[Tensor, Kept] = {}  # of weights whose backward computes some rows
         self._cleared: dict[Tensor, tuple[Tensor, int]] = {}  # gradients and versions, until a step
         self._handles: list[RemovableHandle] = []
-        self._hook = torch.compiler.disable(self._clear)  # type: ignore[no-untyped-call]
+        self._hook = torch.compiler.disable(self._accumulated)  # type: ignore[no-untyped-call]
         self._tie = _Tie([p for p in model.parameters() if p.requires_grad])
-        self._tied = unwrapped(model).register_forward_hook(self._tie)
+        self._root = unwrapped(model)
+        self._tied = self._root.register_forward_hook(self._tie)
+        leave_out(self._root)
         self._sets: set[frozenset[str]] = set()  # of layers frozen whole, since there was room
         self.plan: dict[str, LayerPlan] = {}
+        self.trained = False
         self._prepared = [prepare(layer.module, self._cut) for layer in self._layers]
 
     def freeze(self, frozen: Tensor, timings: Timings) -> None:
         """Plan the backward of every layer for `frozen`, bool [neurons of the whole index]."""
+        self.check_at_work()
         self._forget()
-        self.plan = {}
+        self.plan, self.trained = {}, False
         compiled = not self._cut and (self._tie.traced or is_compiled(self._called))
         for place, layer in enumerate(self._layers):
             mask = frozen[layer.neurons]
@@ -87,6 +99,8 @@ class SelectiveGradients:
             work = _choose_work(layer, mask, self._cut, timings)
             if self._owns(place, bool(len(rows))):
                 assign(layer.module, work)
+                if self._hold:
+                    hold(layer.module, mask)
             if work is not None and work.rows is not None:
                 self._kept[layer.parameters[0]] = work.rows.kept
             norm = geometry(layer.module) is None and not isinstance(layer.module, nn.Linear)
@@ -97,6 +111,17 @@ class SelectiveGradients:
         self._tie.parameters = [p for p in (*self._whole, *self._loose) if p.requires_grad]
         self._tie.needed = bool(self._tie.parameters)
         self._make_room(frozenset(x.name for x in self._layers if bool(frozen[x.neurons].all())))
+
+    def check_at_work(self) -> None:
+        """Raises RuntimeError inside `plain`, where nothing is to change."""
+        if self._rests():
+            raise RuntimeError(
+                "inside `with freezer.plain():` the model is plain and stays so: make, update, "
+                "freeze, load or remove a freezer after that block"
+            )
+
+    def _rests(self) -> bool:
+        return any(is_resting(layer.module) for layer in self._layers)
 
     def _owns(self, place: int, wanted: bool) -> bool:
         """Whether the layer does what it is told here, and not by another freezer; where that is
@@ -131,28 +156,38 @@ class SelectiveGradients:
 
     def partly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
         """(parameter, indices of its frozen rows) for each parameter with rows of both kinds."""
-        return self._rows.items()
+        return ((p, rows.to(p.device)) for p, rows in self._rows.items())
 
     def wholly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
         """(parameter, indices of all its rows) for each parameter with frozen rows alone."""
         return ((p, torch.arange(len(p), device=p.device)) for p in self._whole)
 
-    def apply(self) -> None:
+    def apply(self, held: Collection[Tensor] | None = None) -> None:
         """Clear gradients that the hooks could not see: those that were there before, or assigned.
 
-        A gradient that a hook has cleared, and nobody has touched since, is passed over.
+        A gradient that a hook has cleared, and nobody has touched since, is passed over. `held`:
+        the parameters that are about to be stepped, None for all.
         """
         for parameter in (*self._whole, *self._rows):
-            gradient, version = self._cleared.get(parameter, (None, 0))
+            if held is not None and parameter not in held:
+                continue
+            gradient, version = self._cleared.pop(parameter, (None, 0))
             if gradient is None or gradient is not parameter.grad or gradient._version != version:
                 self._clear(parameter)
-        self._cleared.clear()
+                self._cleared.pop(parameter, None)
 
-    def complete(self) -> None:
-        """Give zeros as gradient to trainable parameters that a layer frozen whole has cut off."""
+    def complete(self, held: Collection[Tensor]) -> None:
+        """Give zeros as gradient to trainable parameters that a layer frozen whole has cut off, of
+        those `held`.
+        """
         for parameter in self._loose:
-            if parameter.grad is None:
+            if parameter.grad is None and parameter in held:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        self.trained = True
+        if not self._rests():
+            self._clear(parameter)
 
     def _clear(self, parameter: Tensor) -> None:
         gradient, rows = parameter.grad, self._rows.get(parameter)
@@ -164,7 +199,7 @@ class SelectiveGradients:
             return
         kept = self._kept.get(parameter)
         if kept is None or not kept.holds(gradient):  # else those rows are zero already
-            gradient.detach().index_fill_(0, rows, 0)
+            gradient.detach().index_fill_(0, rows.to(gradient.device), 0)
             if kept is not None:
                 kept.cleared(gradient)
         self._cleared[parameter] = gradient, gradient._version
@@ -175,6 +210,7 @@ class SelectiveGradients:
             release(layer.module, prepared)
         self._forget()
         self._tied.remove()
+        let_in(self._root)
 
     def _forget(self) -> None:
         for handle in self._handles:
@@ -232,7 +268,7 @@ def plan(
     }
 
 
-class _Tie:
+class _Tie(Hook):
     """Ties parameters that the graph does not reach to a model's output, without a gradient.
 
     DistributedDataParallel waits for each parameter's hook, and `backward` needs a graph even

@@ -26,28 +26,29 @@ def members(groups: Groups, neurons: NeuronIndex) -> list[Tensor]:
 
     `groups`: "layers"; a number k for blocks of k consecutive rows of a layer, of which the last
     may be smaller; or names of modules, each with all layers below it. Neurons of no group train.
-    Raises ValueError for names that match no layer, or none that may freeze, or overlap.
+    Raises ValueError for names that match no layer, or none that may freeze, or overlap; a group
+    that is fixed is left out.
     """
     if not isinstance(groups, str | int):
-        return _named(groups, neurons)
+        return [group for group in _named(groups, neurons) if len(group)]
     width = groups if isinstance(groups, int) else len(neurons)
-    found = []
+    freezable, found = neurons.freezable, []
     for _, part in neurons.items():
         layer = torch.arange(part.start, part.stop)
-        found += list(torch.split(layer[neurons.freezable[part]], width))
+        found += list(torch.split(layer[freezable[part]], width))
     return [group for group in found if len(group)]
 
 
 def _named(names: Sequence[str], neurons: NeuronIndex) -> list[Tensor]:
     taken = torch.zeros(len(neurons), dtype=torch.bool)
-    found = []
+    freezable, found = neurons.freezable, []
     for name in names:
         mask = neurons.select([name])
         if bool((mask & taken).any()):
             raise ValueError(f"groups: {name!r} overlaps with another group")
         taken |= mask
-        found.append((mask & neurons.freezable).nonzero().squeeze(1))
-        if not len(found[-1]):
+        found.append((mask & freezable).nonzero().squeeze(1))
+        if not bool((mask & ~neurons.excluded).any()):
             raise ValueError(f"groups: {name!r} has no neuron that may freeze")
     return found
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from neq.selective import plain_type
 
@@ -57,6 +58,15 @@ class Layer:
         return list(self.module.parameters(recurse=False))
 
 
+def lazy_layers(model: nn.Module) -> list[str]:
+    """The names of the layers of `model` whose sizes only a first forward tells (nn.LazyLinear)."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()))
+    ]
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DataParallel, DistributedDataParallel or torch.compile's wrapper."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -73,19 +83,21 @@ class NeuronIndex:
 
     `len()` is the number of neurons; `index["layer1.0.conv1"]` is that layer's slice;
     `.items()` yields (layer name, slice). `.unsupported` maps the other modules that hold
-    parameters to the reason why their neurons never freeze. `.freezable`, bool [neurons]: who may
-    freeze; `.flops`: what their backward costs, None until somebody has counted it.
+    parameters to the reason why their neurons never freeze. `.fixed`, bool [neurons]: whose layers
+    the user keeps from training; `.excluded`, bool [neurons]: who is never to freeze; `.freezable`,
+    bool [neurons]: who may, neither fixed nor excluded; `.flops`: what a backward costs, None until
+    somebody has counted it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+        owners = owners_of(model)
         self.unsupported: dict[str, str] = {}
         self.layers: tuple[Layer, ...] = ()
         start = 0
         for name, module in model.named_modules():
             if not any(True for _ in module.parameters(recurse=False)):
                 continue
-            reason = _why_unsupported(module, owners)
+            reason = why_unsupported(module, owners)
             if reason:
                 self.unsupported[name] = reason
                 continue
@@ -95,7 +107,7 @@ class NeuronIndex:
             self.layers += (Layer(name, module, neurons, NEURON_AXIS[plain_type(module)]),)
             start = neurons.stop
         self._size = start
-        self.freezable = torch.ones(start, dtype=torch.bool)
+        self.excluded = torch.zeros(start, dtype=torch.bool)
         self.flops: RequiredFlops | None = None
         self._slices = {layer.name: layer.neurons for layer in self.layers}
 
@@ -113,6 +125,26 @@ class NeuronIndex:
 
     def __getitem__(self, name: str) -> slice:
         return self._slices[name]
+
+    @property
+    def freezable(self) -> Tensor:
+        """bool [neurons]: who may freeze now."""
+        return ~(self.excluded | self.fixed)
+
+    @freezable.setter
+    def freezable(self, mask: Tensor) -> None:
+        self.excluded = ~mask
+
+    @property
+    def fixed(self) -> Tensor:
+        """bool [neurons]: True where, now, no parameter of the neuron's layer needs a gradient.
+
+        Such a neuron is the user's to keep: it never freezes.
+        """
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        for layer in self.layers:
+            mask[layer.neurons] = not any(p.requires_grad for p in layer.parameters)
+        return mask
 
     def items(self) -> Iterable[tuple[str, slice]]:
         """(layer name, slice of its neurons) in order."""
@@ -137,7 +169,12 @@ def _below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def _why_unsupported(module: nn.Module, owners: Counter[int]) -> str:
+def owners_of(model: nn.Module) -> Counter[int]:
+    """How many modules of `model` have each parameter, by its id."""
+    return Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+
+
+def why_unsupported(module: nn.Module, owners: Counter[int]) -> str:
     """Empty where every row of the module's parameters belongs to one neuron, else the reason."""
     parameters = dict(module.named_parameters(recurse=False))
     if plain_type(module) not in NEURON_AXIS:

@@ -3,6 +3,8 @@
 Where torch.distributed is not initialised, or has one process, every function returns at once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
 
@@ -42,3 +44,15 @@ def largest(tensor: Tensor) -> list[int]:
         distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
     found: list[int] = tensor.tolist()
     return found
+
+
+def first_given(value: Any, device: torch.device) -> Any:
+    """The value of the first rank whose own is not None; None where each is. It is pickled."""
+    if workers() == 1:
+        return value
+    place = 0 if value is None else workers() - distributed.get_rank()
+    (found,) = largest(torch.tensor([place], device=device))
+    held = [value]
+    if found:
+        distributed.broadcast_object_list(held, src=workers() - found, device=device)
+    return held[0]

@@ -2,12 +2,14 @@
 
 import copy
 from collections import defaultdict
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from neq.autograd_graph import Graph, trace
+from neq.batches import Forward, few, read_batch
+from neq.calls import Arguments, Run
 from neq.evaluation import uncompiled
 from neq.neurons import NeuronIndex
 
@@ -51,16 +53,25 @@ class RequiredFlops:
         self.dense = self(torch.zeros(len(neurons), dtype=torch.bool))
 
     @classmethod
-    def count(cls, model: nn.Module, shape: tuple[int, ...], neurons: NeuronIndex) -> Self:
-        """Count on a copy of `model`, whose index `neurons` is; `shape`: of one float32 sample.
+    def count(
+        cls,
+        model: nn.Module,
+        example: Any,
+        neurons: NeuronIndex,
+        forward: Forward | None = None,
+    ) -> Self:
+        """Count on a copy of `model`, on the CPU, whose index `neurons` is.
 
-        Random streams are left as they were. Raises what the model raises on such an input.
+        `example`: the shape of one float32 sample, or a batch of one or more, of which the first
+        is taken; `forward`: as of NeuronFreezer.update. Random streams are left as they were.
+        Raises what the model raises on such an input, and ValueError for a batch without a sample.
         """
+        run = _run(example, forward)
         copied = copy.deepcopy(model).cpu().float().train()
         numbers = {id(p): i for i, p in enumerate(copied.parameters())}
         mine = NeuronIndex(copied)
         with uncompiled(), torch.random.fork_rng([]):
-            graph = trace(copied, torch.zeros(BATCH, *shape), mine, numbers)
+            graph = trace(copied, run, mine, numbers)
         here = {id(p): i for i, p in enumerate(model.parameters())}
         return cls(neurons, graph, here)
 
@@ -75,3 +86,12 @@ class RequiredFlops:
         inputs = sum(flops for bits, flops in self._inputs if bits & live)
         elsewhere = sum(p.flops for p in self._products if p.upstream & live)
         return weights + inputs + elsewhere
+
+
+def _run(example: Any, forward: Forward | None) -> Run:
+    if isinstance(example, (tuple, list)) and all(isinstance(size, int) for size in example):
+        return Arguments(args=(torch.zeros(BATCH, *example),))
+    batch = few(example, BATCH, forward)
+    if batch is None:
+        raise ValueError("FLOPs are counted on one sample at least, and the batch has none")
+    return read_batch(batch, torch.device("cpu"), forward).run

@@ -2,22 +2,25 @@
 
 A layer has one of these classes as long as a NeuronFreezer is at work: parameters, buffers, hooks
 and `state_dict` stay as they are. While nothing in it is frozen, without gradients, under
-torch.func's transforms, in an export and in forward mode it computes like the plain layer.
+torch.func's transforms, where it is traced or exported and in forward mode it computes like the
+plain layer.
 README.md beside this file tells why it is done so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from neq import compiled
+from neq.changes import Counting
 from neq.kernels import Geometry, everything
+from neq.plain import Selective, plain_class
 from neq.work import Work, convolution, linear
 
 WORK, TRACED = "_neq_work", "_neq_traced"
@@ -29,11 +32,12 @@ class Traced:
     A graph is traced for one `cut` (see Work), and where nothing upstream of the layer trains for
     one `whole` (every neuron is frozen): the gradient ends there. It is given tensors: `handle`,
     which stands for the work, and `trains`, which the normalisation layers read under `cut`: 1 or 0
-    for each neuron.
+    for each neuron. `held`: whose running statistics stand still, bool [neurons], or None.
     """
 
     def __init__(self, module: nn.Module, cut: bool) -> None:
         self.cut = cut
+        self.held: Tensor | None = None
         self._shape, self.arguments = geometry(module), None
         if (shape := self._shape) is not None:
             zeros = (0,) * len(shape.stride)
@@ -84,6 +88,18 @@ def assign(module: nn.Module, work: Work | None) -> None:
     module.__dict__[TRACED].assign(module, work)
 
 
+def hold(module: nn.Module, frozen: Tensor) -> None:
+    """Let the running statistics of the `frozen`, bool [neurons], stand still, where the prepared
+    `module` has any.
+    """
+    if not isinstance(module, _BatchNorm):
+        return
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    with torch.inference_mode(False):  # a graph may read it
+        module.__dict__[TRACED].held = frozen.to(weight.device, copy=True)
+
+
 def is_prepared(module: nn.Module, prepared: Traced) -> bool:
     """Whether the layer is as `prepare` made it then, and nobody has prepared it anew."""
     return module.__dict__.get(TRACED) is prepared
@@ -93,10 +109,7 @@ def release(module: nn.Module, prepared: Traced) -> None:
     """Let `module` be the plain layer again, unless somebody has prepared it anew."""
     if not is_prepared(module, prepared):
         return
-    plain = plain_type(module)
-    selective: type[nn.Module] = _SELECTIVE[plain]
-    if type(module) is selective:  # else a parametrisation has made it another one
-        module.__class__ = plain
+    module.__class__ = plain_class(type(module))
     for name in (WORK, TRACED):
         module.__dict__.pop(name, None)
 
@@ -142,33 +155,30 @@ def _pad(inputs: Tensor, module: Any) -> Tensor:
     return functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
 
 
-def _bare(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
-
-
-class _Selective(nn.Module):
-    plain: ClassVar[type[nn.Module]]
+class _Selective(Counting, Selective):
     _neq_work: Work | None
     _neq_traced: Traced
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        """Copies and pickles are plain layers: what is frozen here is not frozen there."""
-        state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
-        state = {name: value for name, value in state.items() if name not in (WORK, TRACED)}
-        return _bare, (self.plain,), state
 
     def _reached(self, inputs: Tensor) -> Tensor:
         """The input, cut off from its graph where nothing flows back."""
         work = self._neq_work
         return inputs.detach() if work is not None and work.cut and work.rows is None else inputs
 
+    def _plainly(self, forward: Callable[..., Any], inputs: Any, *parameters: Any) -> Any:
+        if isinstance(inputs, fx.Proxy):
+            return self.traced_by_fx(inputs)
+        return forward(inputs, *parameters)
+
 
 def selecting() -> bool:
     """Whether a backward may follow that these layers know how to shorten.
 
-    torch.export and torch.func trace a forward: they must see the plain layer.
+    Whoever traces a forward (torch.export, torch.func, torch.fx, torch.jit) must see the plain
+    layer.
     """
     if torch.compiler.is_compiling() or transformed():
+        return False
+    if torch._C._is_tracing() or fx._symbolic_trace._is_fx_tracing_flag:
         return False
     return torch.is_grad_enabled() and forward_ad._current_level < 0
 
@@ -191,7 +201,7 @@ class _Convolution(_Selective):
         if tracing() and not transformed():
             return self._traced_forward(inputs, weight, bias)
         if not selecting() or self._neq_work is None:
-            return super()._conv_forward(inputs, weight, bias)  # type: ignore[misc]
+            return self._plainly(super()._conv_forward, inputs, weight, bias)  # type: ignore[misc]
         # Frozen whole: with its parameters detached autograd itself stops where nothing upstream
         # trains. Toggling requires_grad would break DistributedDataParallel at the next step.
         if self._neq_work.rows is None:
@@ -228,7 +238,7 @@ class _Linear(_Selective):
         if tracing() and not transformed():
             return self._traced_forward(input)
         if not selecting() or self._neq_work is None:
-            return super().forward(input)
+            return self._plainly(super().forward, input)
         input = self._reached(input)
         if self._neq_work.rows is None:
             return functional.linear(input, _detached(self.weight), _detached(self.bias))
@@ -255,7 +265,7 @@ class _Norm(_Selective):
         if tracing() and not transformed():
             return self._traced_forward(input)
         if not selecting() or self._neq_work is None:
-            return super().forward(input)
+            return self._plainly(super().forward, input)
         if self._neq_work.rows is None:
             with self._frozen():
                 return super().forward(self._reached(input))
@@ -307,6 +317,36 @@ class _Norm(_Selective):
         return weight.detach().index_fill(0, work.rows.fillers, 0)
 
 
+class _BatchNorm(_Norm):
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+    def forward(self, input: Tensor) -> Any:
+        held, mean, var = self._neq_traced.held, self.running_mean, self.running_var
+        if held is None or not self.training or mean is None or var is None or not _holding(input):
+            return super().forward(input)
+        # A backward may need what the forward has left: that is not to be changed afterwards.
+        self.running_mean, self.running_var = mean.clone(), var.clone()
+        try:
+            output = super().forward(input)
+            held = held.to(mean.device)
+            mean.copy_(torch.where(held, mean, self.running_mean))
+            var.copy_(torch.where(held, var, self.running_var))
+        finally:
+            self.running_mean, self.running_var = mean, var
+        return output
+
+
+def _holding(input: Any) -> bool:
+    """Whether this forward is one of a training, and not for those who are to see the plain layer.
+
+    Without gradients, too: statistics move there as well.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
+    return isinstance(input, Tensor) and not torch._C._is_tracing()
+
+
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
     saved, version = packed
     if saved._version != version:
@@ -332,10 +372,10 @@ _BASES: dict[type[nn.Module], type[_Selective]] = {
     nn.Conv2d: _Convolution,
     nn.Conv3d: _Convolution,
     nn.Linear: _Linear,
-    nn.BatchNorm1d: _Norm,
-    nn.BatchNorm2d: _Norm,
-    nn.BatchNorm3d: _Norm,
-    nn.SyncBatchNorm: _Norm,
+    nn.BatchNorm1d: _BatchNorm,
+    nn.BatchNorm2d: _BatchNorm,
+    nn.BatchNorm3d: _BatchNorm,
+    nn.SyncBatchNorm: _BatchNorm,
     nn.GroupNorm: _Norm,
     nn.LayerNorm: _Norm,
 }

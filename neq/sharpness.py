@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from neq.evaluation import arguments, evaluation, full_precision, inputs_of, state_of
+from neq.batches import read_batch
+from neq.calls import Run, changed
+from neq.evaluation import arguments, evaluation, full_precision, run_with, state_of
 from neq.neurons import unwrapped
 from neq.parallel import add_up
 from neq.selective import WORK, assign
@@ -38,7 +39,7 @@ class Eigenvalue:
 
 def top_eigenvalue(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Any]],
+    batches: Iterable[tuple[Any, Any]],
     loss: Loss,
     *,
     kept: Mapping[str, Tensor] | None = None,
@@ -49,12 +50,13 @@ def top_eigenvalue(
     """The largest eigenvalue of the Hessian of the mean loss, in the trainable parameters.
 
     `batches`: (inputs, targets) of this process, gone through once for each product, so no
-    iterator; sums are added up over all processes of torch.distributed. `loss(outputs, targets)`:
-    the mean over a batch. `kept`: by layer name, bool of its weight's shape, as
-    `neq.pruning.Masks.kept`: the Hessian is that of the weights that are left. It has converged
-    when the residual is at most `tolerance` of the quotient, and ends after `iterations`
-    otherwise; where the eigenvalue of the largest magnitude is negative, it begins again with the
-    Hessian shifted by that. `generator`: of the first vector, on the CPU (default: seeded with 0).
+    iterator; sums are added up over all processes of torch.distributed. Inputs are a tensor, or a
+    mapping of the model's arguments. `loss(outputs, targets)`: the mean over a batch. `kept`: by
+    layer name, bool of its weight's shape, as `neq.pruning.Masks.kept`: the Hessian is that of the
+    weights that are left. It has converged when the residual is at most `tolerance` of the
+    quotient, and ends after `iterations` otherwise; where the eigenvalue of the largest magnitude
+    is negative, it begins again with the Hessian shifted by that. `generator`: of the first vector,
+    on the CPU (default: seeded with 0).
 
     The model is evaluated in eval mode and in full precision, as if nothing in it were frozen, and
     left as it was. Raises ValueError for masks that do not fit, where nothing is left to train, and
@@ -111,7 +113,7 @@ class _Hessian:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[tuple[Tensor, Any]],
+        batches: Iterable[tuple[Any, Any]],
         loss: Loss,
         kept: Mapping[str, Tensor],
     ) -> None:
@@ -163,21 +165,20 @@ class _Hessian:
         samples = torch.zeros((), dtype=torch.float64, device=self.device)
         directions = self._split(vector)
         for batch in self._batches:
-            inputs, targets = inputs_of(batch, self.device), batch[1]
-            if isinstance(targets, Tensor):
-                targets = targets.to(self.device)
-            if len(inputs):
-                total += len(inputs) * self._of_batch(inputs, targets, directions)
-                samples += len(inputs)
+            given = read_batch(batch, self.device)
+            targets = _targets(batch, self.device)
+            if given.samples:
+                total += given.samples * self._of_batch(given.run, targets, directions)
+                samples += given.samples
         count = float(add_up(samples))
         if not count:
             raise ValueError("the Hessian needs at least one sample")
         return self._left(add_up(total) / count)
 
-    def _of_batch(self, inputs: Tensor, targets: Any, directions: list[Tensor]) -> Tensor:
+    def _of_batch(self, run: Run, targets: Any, directions: list[Tensor]) -> Tensor:
         leaves = list(self._leaves.values())
         state = arguments(self._model, state_of(self._model)) | self._leaves
-        mean = self._loss(functional_call(self._model, state, (inputs,)), targets)
+        mean = self._loss(run_with(self._model, state, run), targets)
         slopes = torch.autograd.grad(
             mean, leaves, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -194,6 +195,15 @@ class _Hessian:
         leaves = list(self._leaves.values())
         parts = torch.split(vector, [leaf.numel() for leaf in leaves])
         return [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def _targets(batch: Any, device: torch.device) -> Any:
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise TypeError(
+            f"the loss needs batches (inputs, targets), not {type(batch).__name__}: where inputs "
+            "and targets lie in one mapping, yield both as (mapping of inputs, targets)"
+        )
+    return changed(lambda part: part.to(device) if isinstance(part, Tensor) else part, batch[1])
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

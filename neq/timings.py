@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neq.calls import Arguments
 from neq.compiled import compiler_of, forget
 from neq.evaluation import uncompiled
 from neq.kernels import MOST, candidates, rows_for
@@ -99,15 +100,23 @@ def _bound(times: Mapping[int, float], rows: int) -> float:
     return times[min(known)] if known else inf
 
 
-def measure(model: nn.Module, inputs: Tensor, masks: Sequence[Tensor] | None = None) -> Timings:
+def measure(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Any] | Arguments,
+    masks: Sequence[Tensor] | None = None,
+) -> Timings:
     """Time the kernels of each convolution and linear layer of `model` on a training batch.
 
-    `inputs` [samples, …]: on the model's device, in the memory format of training; call it under
-    the autocast of training. `masks`, bool [neurons] each: only what a plan for one of them looks
-    up is timed; None: what any plan does. Layers of a compiled model are compiled, each by itself.
-    Model and random streams are left as they were.
+    `inputs` [samples, …], or a mapping of the model's arguments: on the model's device, in the
+    memory format of training; call it under the autocast of training. `masks`, bool [neurons] each:
+    only what a plan for one of them looks up is timed; None: what any plan does. Layers of a
+    compiled model are compiled, each by itself. Model and random streams are left as they were.
     """
-    devices = [inputs.device] if inputs.is_cuda else []
+    if not isinstance(inputs, Arguments):
+        given = inputs
+        inputs = Arguments(kwargs=given) if isinstance(given, Mapping) else Arguments(args=(given,))
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
     found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     compiler, plain = compiler_of(model), unwrapped(model)
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -149,7 +158,7 @@ class _Sample:
         return x.normal_().requires_grad_(self.requires_grad)
 
 
-def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
+def _calls(model: nn.Module, inputs: Arguments) -> list[tuple[Layer, _Sample]]:
     """Convolutions and linear layers as they are called first, with an input as in the last."""
     calls: dict[str, tuple[Layer, _Sample]] = {}
 
@@ -168,7 +177,7 @@ def _calls(model: nn.Module, inputs: Tensor) -> list[tuple[Layer, _Sample]]:
         for layer in NeuronIndex(model).layers
         if geometry(layer.module) or isinstance(layer.module, nn.Linear)
     ]
-    model(inputs)
+    inputs(model)
     for handle in handles:
         handle.remove()
     return list(calls.values())

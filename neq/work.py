@@ -1,5 +1,6 @@
 """What the backward of a layer does under a mask, and the autograd functions that do it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +90,8 @@ class _ConvolutionFunction(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
         assert work.shape is not None
         _save(ctx, x, weight, work)
+        if _packs():
+            return x.new_empty(_convolved(x, weight, work.shape))
         return work.shape.forward(x, weight, bias)
 
     @staticmethod
@@ -170,6 +173,8 @@ class _LinearFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
         _save(ctx, x, weight, work)
+        if _packs():
+            return x.new_empty((*x.shape[:-1], len(weight)))
         return functional.linear(x, weight, bias)
 
     @staticmethod
@@ -196,5 +201,39 @@ class _LinearFunction(Function):
         return by_input, by_weight, by_bias, None
 
 
-convolution: Any = _ConvolutionFunction.apply
-linear: Any = _LinearFunction.apply
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
+    """The convolution of `x`, [samples, …], whose backward does `work`."""
+    assert work.shape is not None
+    output: Tensor = _ConvolutionFunction.apply(x, weight, bias, work)  # type: ignore[no-untyped-call]
+    return _filled(output, work.shape.forward, x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, work: Work) -> Tensor:
+    """The product of `x`, [rows, inputs], with a layer's weight, whose backward does `work`."""
+    output: Tensor = _LinearFunction.apply(x, weight, bias, work)  # type: ignore[no-untyped-call]
+    return _filled(output, functional.linear, x, weight, bias)
+
+
+def _packs() -> bool:
+    """Whether somebody packs what is saved for the backward, such as activation checkpointing.
+
+    That stops computing a region again where it has all that was saved. PyTorch's own layers save
+    before they multiply, a function afterwards: it would do a product more. So there it returns
+    memory, which is filled when all is saved.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _filled(output: Tensor, product: Callable[..., Tensor], *operands: Any) -> Tensor:
+    if _packs():
+        with torch.no_grad():
+            output.data = product(*operands)
+    return output
+
+
+def _convolved(x: Tensor, weight: Tensor, shape: Geometry) -> tuple[int, ...]:
+    """The sizes of a convolution's output."""
+    how = weight.shape[2:], shape.stride, shape.padding, shape.dilation
+    sides = zip(x.shape[2:], *how, strict=True)
+    places = ((n + 2 * pad - d * (k - 1) - 1) // step + 1 for n, k, step, pad, d in sides)
+    return (x.shape[0], weight.shape[0], *places)

@@ -109,7 +109,7 @@ def test_bad_validation_batches_are_said_plainly(net):
     before, index = snapshot(net), neq.NeuronIndex(net)
     with pytest.raises(ValueError, match="validation set is empty"):
         phi(net, before, [], index, "dataset")
-    with pytest.raises(TypeError, match="begin with a tensor, not dict"):
-        phi(net, before, [{"x": torch.zeros(1)}], index, "dataset")
+    with pytest.raises(TypeError, match="begin with a tensor, not str"):
+        phi(net, before, ["x"], index, "dataset")
     with pytest.raises(ValueError, match="validation set is empty"):
         phi(net, before, [torch.zeros(0, 3, 6, 6)], index, "dataset")

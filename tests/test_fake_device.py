@@ -201,6 +201,43 @@ def test_what_makes_the_host_wait_is_refused_inside_steps_alone(apart, name):
         apart(waits, name)
 
 
+def moved_while_frozen():
+    """Whether frozen rows and statistics were held; the steps there do not wait."""
+    torch.manual_seed(0)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the same objects
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.1)
+    freezer = neq.NeuronFreezer(net, optimizer, neq.Everyone(), hold_statistics=True)
+    other = torch.optim.SGD(net.parameters(), 0.0)
+    mask = torch.arange(20) % 3 == 0
+    freezer.freeze(mask)
+    before = [net[0].weight[mask[:8]].detach().clone(), net[1].running_mean[mask[8:16]]]
+
+    def step(images):
+        net(images).square().sum().backward()
+        optimizer.step()
+        other.step()  # is looked at
+        optimizer.zero_grad()
+
+    step(torch.randn(4, 3, 6, 6))
+    with fake_device.present() as device:
+        net.to(device)
+        images = torch.randn(4, 3, 6, 6).to(device)
+        step(images)
+        for _ in range(2):
+            freezer.update()
+            freezer.freeze(mask)
+            with fake_device.strict():
+                step(images)
+                step(images)
+        after = [net[0].weight.detach().cpu()[mask[:8]], net[1].running_mean.cpu()[mask[8:16]]]
+    return all(map(torch.equal, before, after))
+
+
+def test_a_model_is_moved_there_while_rows_are_frozen(apart):
+    assert apart(moved_while_frozen)
+
+
 def made_and_moved():
     with fake_device.present() as device:
         x = torch.arange(6.0, device=device).view(2, 3)

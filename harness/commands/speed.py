@@ -19,6 +19,7 @@ from harness.train.pays import Asked, Progress, align_of, measured, pays
 from harness.train.speeds import Speed
 from harness.train.tuning import autocast, numerics, square, tune
 from harness.train.watched import Watched
+from neq.calls import Arguments
 
 Precision = Literal["float32", "bf16", "fp16"]
 
@@ -64,20 +65,20 @@ def _timed(subject: Subject, recipe: Recipe, asked: Asked) -> Speed:
         check_compiler(device)
     model = subject.module.to(device).train()
     cases = asked.cases(model, subject.freezable, align_of(device, recipe.precision))
-    images = torch.randn(recipe.batch_size, *subject.shape, device=device)
+    inputs = subject.inputs.random(recipe.batch_size, device)
     compile_seconds, how = None, (recipe.batch_size, recipe.precision)
     with compilations() as compiling:
         if recipe.compile:  # before what is compiled for the tuning is there to be taken
             asked.progress("compiling a dense step")
-            first = _watched(subject, recipe, images)
+            first = _watched(subject, recipe, inputs)
             compile_seconds = first.compile_seconds(first.take()[1])
         asked.progress("choosing memory format and kernels")
         masks = [case.mask for case in cases]
-        tuning = tune(model, subject.shape, *how, masks, compiled=recipe.compile)
+        tuning = tune(model, subject.inputs, *how, masks, compiled=recipe.compile)
     asked.ends += sum(compiling)
     tuning.convert(model)
     return measured(
-        _watched(subject, recipe, tuning.apply(images)),
+        _watched(subject, recipe, tuning.applied(inputs)),
         subject.costs,
         subject.freezable,
         cases,
@@ -91,24 +92,26 @@ def _timed(subject: Subject, recipe: Recipe, asked: Asked) -> Speed:
     )
 
 
-def _watched(subject: Subject, recipe: Recipe, images: Tensor) -> Watched:
+def _watched(subject: Subject, recipe: Recipe, inputs: Arguments) -> Watched:
     """The steps of the model on its device, compiled where the recipe says so."""
     model = compiled(subject.module) if recipe.compile else subject.module
     optimizer, _ = build_optimizer(subject.name, recipe, subject.module)
-    return Watched(model, optimizer, _step(model, optimizer, images, recipe.precision))
+    return Watched(model, optimizer, _step(model, optimizer, inputs, recipe.precision))
 
 
 def _step(
-    model: nn.Module, optimizer: Optimizer, images: Tensor, precision: str
+    model: nn.Module, optimizer: Optimizer, inputs: Tensor | Arguments, precision: str
 ) -> Callable[[], Tensor]:
-    """A training step on the same images; no weight moves, for the learning rate is zero."""
+    """A training step on the same inputs; no weight moves, for the learning rate is zero."""
+    device = next(model.parameters()).device.type
+    call = inputs if isinstance(inputs, Arguments) else Arguments(args=(inputs,))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        with autocast(images.device.type, precision):
-            loss = square(model(images))
+        with autocast(device, precision):
+            loss = square(call(model))
         torch.autograd.backward(loss)
         optimizer.step()
         return loss

@@ -7,7 +7,7 @@ convention (NEq, section 4), 2 × forward operations × the share that trains, s
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,24 +15,34 @@ import torch
 from torch import Tensor, nn
 
 import neq
+from harness.flops.executed import Executed
+from harness.flops.forwards import Forwards
+from harness.flops.functions import Functions
 from harness.flops.fvcore_counts import ForwardCounts
+from harness.flops.layer_costs import CONVOLUTIONS, LayerCost
+from harness.flops.recomputed import COMPILED, Recomputed
 from neq import Layer, LayerPlan, NeuronIndex
 from neq.autograd_graph import Call, Graph, Product, trace
-from neq.evaluation import uncompiled
+from neq.calls import Arguments
+from neq.compiled import is_compiled
+from neq.evaluation import uncompiled, unfused
 from neq.neurons import unwrapped
 from neq.required import BATCH
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backward:
-    """FLOPs of one backward, by each count; required ≤ executed ≤ dense."""
+    """FLOPs of one backward, by each count; required ≤ executed ≤ dense.
+
+    `recomputed`: of `executed`, products of the forward that activation checkpointing does again.
+    `dense` holds those of a backward with nothing frozen.
+    """
 
     dense: int
     paper: int
     required: int
     executed: int
+    recomputed: int = 0
 
     def __add__(self, other: "Backward") -> "Backward":
         return Backward(
@@ -40,57 +50,12 @@ class Backward:
             paper=self.paper + other.paper,
             required=self.required + other.required,
             executed=self.executed + other.executed,
+            recomputed=self.recomputed + other.recomputed,
         )
 
     def times(self, samples: int) -> "Backward":
         """The FLOPs for so many samples, where these are of a batch of `BATCH`."""
         return Backward(**{name: n * samples // BATCH for name, n in asdict(self).items()})
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerCost:
-    """What one supported layer that was called costs, over a batch of `BATCH`.
-
-    `flops`: of its forward; `operations`: what the paper's convention counts of that; `bits`: its
-    trainable parameters, `learns`: whether its weight is one of them.
-    """
-
-    layer: Layer
-    flops: int
-    operations: int
-    calls: tuple[Call, ...]
-    bits: int
-    learns: bool
-
-    def dense(self) -> int:
-        """Weight gradient, and input gradient wherever a parameter lies upstream."""
-        return sum(
-            share * (self.learns + bool(call.upstream)) for share, call in self._shares(self.calls)
-        )
-
-    def paper(self, trainable: int) -> int:
-        """By the published rule, with so many of its neurons training."""
-        return 2 * self.operations * trainable // self.layer.size
-
-    def computed(self, rows: int, calls: Iterable[Call], live: int, through: int) -> int:
-        """With `rows` of the weight gradient and an input gradient through `through` of the rows,
-        where a parameter that trains lies upstream: bit i of `live` for parameter i.
-        """
-        return sum(
-            share * (rows * self.learns + through * bool(call.upstream & live)) // self.layer.size
-            for share, call in self._shares(calls)
-        )
-
-    def passed(self, bits: int) -> Iterator[int]:
-        """FLOPs of the input gradient of each call whose input depends on a parameter of `bits`."""
-        return (share for share, call in self._shares(self.calls) if call.upstream & bits)
-
-    def _shares(self, calls: Iterable[Call]) -> Iterator[tuple[int, Call]]:
-        """(FLOPs of its forward, call) for each of the calls that a backward visits."""
-        elements = sum(call.elements for call in self.calls)
-        for call in calls if self.flops else ():
-            if call.reached:
-                yield self.flops * call.elements // elements, call
 
 
 LayerPlans = Mapping[str, LayerPlan]
@@ -115,7 +80,8 @@ class Costs:
     `neurons`: its index; `called`: bool [neurons], False for the layers of `uncalled`, whose weight
     a function uses, beside or without their own forward: they must not freeze. `dense_only` names
     those and all other modules with parameters that can't freeze, with the reason. `uncounted`:
-    operators with parameters that fvcore can't count, such as recurrent ones.
+    names of what multiplies and can't be counted, such as recurrent operators. `forwards`: what was
+    executed in train and in eval mode; `foreign`: operators whose bodies were counted.
     """
 
     def __init__(
@@ -123,16 +89,17 @@ class Costs:
         neurons: NeuronIndex,
         graph: Graph,
         train: ForwardCounts,
-        evaluation: ForwardCounts,
+        forwards: Forwards,
         numbers: dict[int, int],
         unpublished: Iterable[str],
+        recomputed: Recomputed | None,
     ) -> None:
         self.neurons = neurons
         self._unpublished = neurons.select(unpublished)
         self._graph = graph
         self._calls, self._products = graph.calls_and_products()
         self._numbers = numbers
-        self._train, self._evaluation = train, evaluation
+        self._train, self.forwards, self._recomputed = train, forwards, recomputed
         self._layers = [
             self._layer_cost(layer) for layer in neurons.layers if self._of_layer(layer.name)
         ]
@@ -152,12 +119,12 @@ class Costs:
         self.dense_only = neurons.unsupported | reasons
         in_layers = sum(train.by_layer[cost.layer.name]["rule"] for cost in self._layers)
         self._paper_elsewhere = 2 * (train.rule - in_layers)
-        self.uncounted = train.uncounted
+        self.uncounted, self.foreign = sorted(forwards.names), forwards.foreign
 
     def _of_layer(self, name: str) -> tuple[Call, ...]:
         return tuple(call for call in self._calls if call.layer == name)
 
-    def _layer_cost(self, layer: Layer) -> _LayerCost:
+    def _layer_cost(self, layer: Layer) -> LayerCost:
         calls = self._of_layer(layer.name)
         elements = sum(call.elements for call in calls)
         count = self._train.by_layer[layer.name]
@@ -170,7 +137,7 @@ class Costs:
         flops = 2 * count["all"]
         if bool(self._unpublished[layer.neurons].all()):
             operations = 0
-        return _LayerCost(layer, flops, operations, calls, self._bits(layer), learns)
+        return LayerCost(layer, flops, operations, calls, self._bits(layer), learns)
 
     def _bits(self, layer: Layer) -> int:
         trainable = (p for p in layer.parameters if p.requires_grad)
@@ -190,6 +157,11 @@ class Costs:
         return neq.RequiredFlops(self.neurons, self._graph, self._numbers)
 
     @property
+    def checkpointed(self) -> bool:
+        """Whether a backward does parts of the forward once more."""
+        return self._recomputed is not None
+
+    @property
     def execution_order(self) -> list[str]:
         """Names of the layers that a forward calls, in the order of their first call."""
         return list(dict.fromkeys(call.layer for call in self._calls))
@@ -206,17 +178,17 @@ class Costs:
 
     def forward(self, samples: int = 1) -> int:
         """FLOPs of a forward in train mode."""
-        return 2 * self._train.total * samples // BATCH
+        return self.forwards.train.flops * samples // BATCH
 
     def evaluation(self, samples: int = 1) -> int:
         """FLOPs of a forward in eval mode."""
-        return 2 * self._evaluation.total * samples // BATCH
+        return self.forwards.evaluation.flops * samples // BATCH
 
     def overhead(self, samples: int = 1) -> int:
         """FLOPs of deciding on so many validation samples: forwards of last epoch's model and of
         this.
         """
-        return 2 * 2 * self._evaluation.total * samples // BATCH
+        return 2 * self.forwards.evaluation.flops * samples // BATCH
 
     def derivatives(self, layers: Iterable[str], samples: int = 1) -> int:
         """FLOPs of one pass back from the outputs to the outputs of these layers, which computes
@@ -240,9 +212,8 @@ class Costs:
         kernel was timed).
         """
         state = self._state(frozen, plan)
-        return sum((self._of(cost, state) for cost in self._layers), self._elsewhere(state)).times(
-            samples
-        )
+        rest = self._elsewhere(state) + self._again(state)
+        return sum((self._of(cost, state) for cost in self._layers), rest).times(samples)
 
     def layers(
         self, frozen: Tensor, samples: int, plan: LayerPlans | None = None
@@ -270,7 +241,7 @@ class Costs:
             by_layer.setdefault(call.layer, []).append(call)
         return _State(frozen, plan, by_layer, products, self._live(frozen))
 
-    def _of(self, cost: _LayerCost, state: "_State") -> Backward:
+    def _of(self, cost: LayerCost, state: "_State") -> Backward:
         layer, plan = cost.layer, state.plan[cost.layer.name]
         trainable = layer.size - int(state.frozen[layer.neurons].sum())
         calls, live = state.calls[layer.name], state.live
@@ -290,6 +261,15 @@ class Costs:
             executed=sum(p.flops for p in state.products if p.triggers & state.live),
         )
 
+    def _again(self, state: "_State") -> Backward:
+        """FLOPs of what activation checkpointing computes once more."""
+        if self._recomputed is None:
+            return Backward(dense=0, paper=0, required=0, executed=0)
+        nobody = torch.zeros_like(state.frozen)
+        dense = self._recomputed(nobody, neq.plan(self.neurons, nobody))
+        here = self._recomputed(state.frozen, state.plan)
+        return Backward(dense=dense, paper=0, required=0, executed=here, recomputed=here)
+
     def _live(self, frozen: Tensor) -> int:
         """Bit i: parameter i has a row that trains."""
         live = (1 << len(self._numbers)) - 1
@@ -299,24 +279,40 @@ class Costs:
         return live
 
 
-def count_costs(model: nn.Module, shape: tuple[int, ...], unpublished: Iterable[str] = ()) -> Costs:
+def count_costs(
+    model: nn.Module, example: tuple[int, ...] | Arguments, unpublished: Iterable[str] = ()
+) -> Costs:
     """Count what the passes of `model` cost, on a copy of it.
 
-    `shape`: of one float32 input, without the batch dimension. `unpublished`: names of layers, or
+    `example`: the shape of one float32 input, without the batch dimension, or the arguments of a
+    forward over `BATCH` samples, on the CPU. `unpublished`: names of layers, or
     dotted prefixes, that the published count leaves out. What a model does once per batch, whatever
     its size, is charged to the samples of a batch of two. Random streams are left as they were.
     Raises whatever the model raises on such an input.
     """
+    compiled = is_compiled(model)
     model = copy.deepcopy(unwrapped(model)).cpu().float()
     for part in model.modules():
         inner: Any = getattr(part, "_orig_mod", None)
         if inner is not None:  # compiled, which fvcore can't trace: what it was made of
             part.forward = inner.__call__
-    inputs = torch.zeros(BATCH, *shape)
+    if not isinstance(example, Arguments):
+        example = Arguments(args=(torch.zeros(BATCH, *example),))
     neurons = NeuronIndex(model)
     numbers = {id(p): i for i, p in enumerate(model.parameters())}
-    with uncompiled(), torch.random.fork_rng([]):
-        graph = trace(model.train(), inputs, neurons, numbers)
-        train = ForwardCounts(model, inputs, neurons)
-        evaluation = ForwardCounts(model.eval(), inputs, neurons)
-    return Costs(neurons, graph, train, evaluation, numbers, unpublished)
+    model.zero_grad()
+    with uncompiled():
+        functions, train = Functions(model), Executed(example)
+        with torch.random.fork_rng([]):
+            graph = trace(model.train(), train, neurons, numbers, functions)
+        by_layer = ForwardCounts(model, example, neurons)
+        evaluation = Executed(example)
+        with torch.random.fork_rng([]), torch.no_grad(), unfused():
+            evaluation(model.eval())
+        deciding = ForwardCounts(model, example, neurons)
+    if graph.checkpointed and compiled:
+        functions.names.add(COMPILED)
+    pairs = (train, by_layer), (evaluation, deciding)
+    forwards = Forwards(*pairs, functions.names, functions.opened)
+    recomputed = Recomputed(model, example, neurons) if graph.checkpointed else None
+    return Costs(neurons, graph, by_layer, forwards, numbers, unpublished, recomputed)

@@ -2,32 +2,39 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
+import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.random import fork_rng
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from neq import NeuronIndex
+from neq.calls import Arguments, tensors
 
 UNCOUNTED = {"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::bilinear"}
 PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "attention")
 
 
 class ForwardCounts:
-    """fvcore's multiply-accumulates of one forward of `model(inputs)`, over the whole batch.
+    """fvcore's multiply-accumulates of one forward of `call(model)`, over the whole batch.
 
     `total`: of all products; `rule`: what the paper's convention counts of them (convolution and
     linear); `by_layer`: the same by layer, under "all" and "rule". `uncounted`: operators with
     parameters that fvcore can't count.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, neurons: NeuronIndex) -> None:
-        by_module, skipped = _fvcore(model, inputs)
+    def __init__(self, model: nn.Module, call: Arguments, neurons: NeuronIndex) -> None:
+        by_module, skipped = _fvcore(model, call)
         self.uncounted = sorted(skipped & UNCOUNTED)
         self.total, self.rule = _products(by_module[""]), _ruled(by_module[""])
         self.by_layer = {
-            name: {"all": _products(by_module[name]), "rule": _ruled(by_module[name])}
-            for name in neurons
+            name: {"all": _products(by_module[inner]), "rule": _ruled(by_module[inner])}
+            for name, inner in ((name, f"model.{name}".rstrip(".")) for name in neurons)
         }
 
 
@@ -39,10 +46,28 @@ def _ruled(count: Counter[str]) -> int:
     return int(count["conv"] + count["linear"] + count["addmm"])
 
 
-def _fvcore(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Counter[str]], set[str]]:
+class _Traceable(nn.Module):
+    """A model as fvcore's tracer wants one: of some tensors, and returning a tuple of them."""
+
+    def __init__(self, model: nn.Module, call: Arguments) -> None:
+        super().__init__()
+        self.model = model
+        self._leaves, self._structure = tree_flatten((call.args, dict(call.kwargs)))
+        self.inputs = tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = iter(inputs)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return tuple(tensors(self.model(*args, **kwargs)))
+
+
+def _fvcore(model: nn.Module, call: Arguments) -> tuple[dict[str, Counter[str]], set[str]]:
+    """By name of the module, "model.…" but for the whole, and the operators without a rule."""
     from fvcore.nn import FlopCountAnalysis
 
-    analysis = FlopCountAnalysis(model, inputs)
+    traceable = _Traceable(model, call)
+    analysis = FlopCountAnalysis(traceable, traceable.inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
     analysis.set_op_handle("aten::_convolution_mode", _convolution_mode)
     analysis.set_op_handle("aten::baddbmm", _baddbmm)
@@ -51,8 +76,34 @@ def _fvcore(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Counter[str]], 
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    counted = dict(analysis.by_module_and_operator())
-    return counted, set(analysis.unsupported_ops())
+    try:
+        with fork_rng([]), _seen_through():
+            counted = dict(analysis.by_module_and_operator())
+            return counted, set(analysis.unsupported_ops())
+    except RuntimeError as error:
+        if "unordered_map::at" not in str(error):
+            raise
+        raise RuntimeError(
+            "a custom autograd.Function calls a module in its forward, which can't be traced: call "
+            "the module outside, or hand the function its weights"
+        ) from error
+
+
+@contextmanager
+def _seen_through() -> Iterator[None]:
+    """Inside, regions with reentrant checkpointing are called as if they had none."""
+    module: Any = torch.utils.checkpoint
+    before, module.CheckpointFunction = module.CheckpointFunction, _Called
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
+
+
+class _Called:
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 def _shape(value: Any) -> list[int]:
@@ -89,7 +140,8 @@ def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
     for position, right in enumerate(operands[1:], start=1):  # two at a time, as torch does
         later = kept.union(*operands[position + 1 :])
         both = (done & (right | later)) | (right & (done | later))
-        total += prod(sizes[letter] for letter in both)
+        if done & right - later:  # else torch multiplies element by element
+            total += prod(sizes[letter] for letter in both)
         done = both & later
     return Counter(einsum=total)
 

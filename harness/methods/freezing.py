@@ -26,13 +26,14 @@ def by_policy(training: Training, spec: PolicySpec) -> "Freezing":
         policy,
         similarity=spec.similarity if isinstance(spec, VelocitySpec) else "dataset",
         gradient=spec.gradient if isinstance(spec, FreezingSpec) else "exact",
+        hold_statistics=isinstance(spec, FreezingSpec) and spec.hold_statistics,
     )
 
 
 def _check_rows(training: Training, width: int) -> None:
     """Raises ValueError where the CKA of no layer will ever be defined."""
     samples, neurons = training.samples["validation"], training.costs.neurons
-    freezable = ~neurons.select(training.exclude)
+    freezable = ~(neurons.select(training.exclude) | neurons.fixed)
     most = 0.0
     for layer, calls in training.costs.positions().items():
         if bool(freezable[neurons[layer]].any()):
@@ -58,6 +59,7 @@ class Freezing(Method):
         *,
         similarity: Similarity = "dataset",
         gradient: neq.Gradient = "exact",
+        hold_statistics: bool = False,
     ) -> None:
         """`policy`: who stands still (default: nobody); the others as of neq.NeuronFreezer."""
         super().__init__(training)
@@ -70,6 +72,7 @@ class Freezing(Method):
             gradient=gradient,
             timings=training.timings,
             flops=training.costs.required() if getattr(policy, "needs_flops", False) else None,
+            hold_statistics=hold_statistics,
         )
 
     @property

@@ -45,11 +45,12 @@ class PolicySpec(Spec):
 
 class FreezingSpec(PolicySpec):
     """A method that freezes. `gradient="cut"`: no gradient flows through frozen neurons, an
-    approximation.
+    approximation. `hold_statistics`: the running statistics of frozen neurons stand still, too.
     """
 
     may_freeze: ClassVar[bool] = True
     gradient: Literal["exact", "cut"] = "exact"
+    hold_statistics: Annotated[bool, Field(strict=True)] = added(False)
 
 
 class VelocitySpec(FreezingSpec):

@@ -18,6 +18,7 @@ from harness.flops.costs import Costs, count_costs
 from harness.flops.drawing import draw
 from harness.flops.subject import head
 from harness.storage.provenance import hardware
+from harness.suite.parts import check_sizes
 from harness.train.bench import Bench, Case
 from harness.train.kept import state_bytes
 from harness.train.speeds import KINDS, Dense, Row, Speed
@@ -69,9 +70,9 @@ def pays(
     last convolution). `seconds`: about how long it may take, without compiling; each mask is timed
     twice anyway. FLOPs are None unless the model takes one tensor of floating point.
 
-    Raises UserError for other shares; for a step that returns no loss, does not call the model or
-    does not step the optimizer; for a name that matches no layer; where nothing may freeze; and
-    where several processes train together.
+    Raises UserError for other shares; for a layer, such as nn.LazyLinear, that has no size yet; for
+    a step that returns no loss, does not call the model or does not step the optimizer; for a name
+    that matches no layer; where nothing may freeze; and where several processes train together.
     """
     if not frozen or not all(0 <= share <= 1 for share in frozen):
         raise UserError(f"frozen={list(frozen)}: name shares from 0 to 1, such as [0.5, 0.9]")
@@ -80,6 +81,7 @@ def pays(
         raise UserError("time one process alone: several would have to take the same steps")
     watched = Watched(model, optimizer, step)
     plain = unwrapped(model)
+    check_sizes("the model", plain)
     with untouched(model, optimizer):
         progress("looking at a step")
         call = watched.look()

@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import neq
 from harness.errors import UserError
+from harness.flops.inputs import Inputs
 from harness.storage.locations import Location, StorageError
 from harness.storage.provenance import hardware
 from harness.storage.tuning_cache import make_once
 from harness.suite.config import NUMERICS, Recipe, Suite, digest
 from harness.train import compiling
+from neq.calls import Arguments, tensors
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GAIN = 0.9  # channels_last is taken where its step takes less than this share of the other's time
 SECONDS = 2.0
+NARROW = 16  # input channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,13 @@ class Tuning:
         if self.channels_last and images.dim() == 4:
             return images.contiguous(memory_format=torch.channels_last)
         return images
+
+    def applied(self, inputs: Arguments) -> Arguments:
+        """The same for all that a model is called with."""
+        return Arguments(
+            args=tuple(map(self.apply, inputs.args)),
+            kwargs={name: self.apply(tensor) for name, tensor in inputs.kwargs.items()},
+        )
 
     def convert(self, model: nn.Module) -> nn.Module:
         """The model itself, now in that memory format."""
@@ -91,15 +100,16 @@ def tuning_for(location: Location, suite: Suite, model: nn.Module) -> Tuning:
         return conditions | tuned.to_json()
 
     name = digest(conditions)
+    found = make_once(location, name, make)
     try:
-        return Tuning.from_json(make_once(location, name, make))
+        return Tuning.from_json(found)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise StorageError(f"{location.uri}/tuning/{name}.json is damaged; delete it") from None
 
 
 def tune(
     model: nn.Module,
-    shape: tuple[int, ...],
+    inputs: tuple[int, ...] | Inputs,
     batch_size: int,
     precision: str,
     masks: Sequence[Tensor] | None = None,
@@ -107,23 +117,45 @@ def tune(
 ) -> Tuning:
     """Time `model`, on its device, in training steps on random batches, and choose.
 
-    `shape`: of one sample; `precision`: float32, bf16 or fp16; `masks`: as of neq.measure;
-    `compiled`: whether the steps are. Model and random streams are left as they were.
+    `inputs`: the shape of a sample, or what it is called with; `precision`: float32, bf16 or fp16;
+    `masks`: as of neq.measure; `compiled`: whether the steps are. Channels last is not chosen where
+    `narrow_strided` names a layer, in float32 on a CPU. Model and random streams are left as they
+    were.
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        images = torch.randn(batch_size, *shape, device=device)
+        given = inputs if isinstance(inputs, Inputs) else Inputs.of(inputs)
+        batch = given.random(batch_size, device)
         formats = [Tuning(False)]
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             formats.append(Tuning(True))
+        if device.type == "cpu" and precision == "float32" and narrow_strided(model):
+            formats = formats[:1]
         best = formats[0]
         if len(formats) > 1:
             copied = (_copied(model, each, compiled) for each in formats)
-            best = _fastest(formats, [*copied], images, precision)
+            best = _fastest(formats, [*copied], batch, precision)
         chosen = _copied(model, best, compiled)
         with autocast(device.type, precision):
-            timings = neq.measure(chosen, best.apply(images), masks)
+            timings = neq.measure(chosen, best.applied(batch), masks)
     return Tuning(best.channels_last, timings)
+
+
+def narrow_strided(model: nn.Module) -> list[str]:
+    """Names of the 1 × 1 convolutions of `model` with stride 2 and fewer than 16 input channels, in
+    each group where there are several.
+
+    Of these, in channels last and float32 on a CPU, oneDNN is reported to write past its memory
+    (oneDNN issue 6035; torch 2.13 bundles such a version).
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and 2 in module.stride
+        and module.in_channels // module.groups < NARROW
+    ]
 
 
 @contextmanager
@@ -164,16 +196,17 @@ def _copied(model: nn.Module, tuning: Tuning, compiled: bool) -> nn.Module:
 
 
 def _fastest(
-    formats: list[Tuning], models: list[nn.Module], images: Tensor, precision: str
+    formats: list[Tuning], models: list[nn.Module], inputs: Arguments, precision: str
 ) -> Tuning:
-    batches = [tuning.apply(images) for tuning in formats]
+    batches = [tuning.applied(inputs) for tuning in formats]
+    device = next(models[0].parameters()).device
     best = [inf, inf]
     start, rounds = time.perf_counter(), 0
     while rounds < 2 or (rounds < 6 and time.perf_counter() - start < SECONDS):
         for i, (copied, batch) in enumerate(zip(models, batches, strict=True)):
-            with neq.stopwatch(images.device) as seconds:
-                with autocast(images.device.type, precision):
-                    loss = square(copied(batch))
+            with neq.stopwatch(device) as seconds:
+                with autocast(device.type, precision):
+                    loss = square(batch(copied))
                 torch.autograd.backward(loss)
             copied.zero_grad()
             best[i] = min(best[i], seconds[0]) if rounds else inf
@@ -185,5 +218,5 @@ def _fastest(
 
 def square(outputs: Any) -> Tensor:
     """A loss for any outputs: the sum over tensors of the mean of their squares."""
-    tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch.stack([t.float().square().mean() for t in tensors]).sum()
+    floating = [t for t in tensors(outputs) if t.is_floating_point()]
+    return torch.stack([t.float().square().mean() for t in floating]).sum()

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
-from neq.evaluation import Hook, arguments, evaluation, hooked, inputs_of, state_of
+from neq.batches import read_batch
+from neq.evaluation import Hook, arguments, evaluation, hooked, run_with, state_of
 from neq.neurons import Layer, unwrapped
 from neq.parallel import add_up, largest
 from neq.pruning.masks import prunable, weight
@@ -71,10 +71,11 @@ def psp_entropy(
     several times count as further samples.
 
     `batches`: (inputs, labels int64 [samples]) each, of this process: sums are added up over all
-    processes of torch.distributed. `exclude`: layers to leave out, such as the head. The model,
-    which must return logits [samples, classes], is left as it was. Raises
-    NoClassesError, a ValueError, for other kinds of labels or outputs, and ValueError where they do
-    not fit, and without a sample. In several processes one may have none.
+    processes of torch.distributed. Inputs are a tensor, or a mapping of the model's arguments,
+    without padding. `exclude`: layers to leave out, such as the head. The model, which must return
+    logits [samples, classes], is left as it was. Raises NoClassesError, a ValueError, for other
+    kinds of labels or outputs, and ValueError where they do not fit, where a mask leaves positions
+    out, and without a sample. In several processes one may have none.
     """
     if granularity not in ("channel", "unit"):
         raise ValueError(f"granularity must be 'channel' or 'unit', got {granularity!r}")
@@ -84,10 +85,15 @@ def psp_entropy(
     counter = _Counter(model, layers, granularity)
     with evaluation(model, device), counter.hooks():
         for batch in batches:
-            inputs, labels = inputs_of(batch, device), _labels(batch, device)
-            if len(inputs):
+            given, labels = read_batch(batch, device), _labels(batch, device)
+            if not all(bool(mask.all()) for mask in given.masks):
+                raise ValueError(
+                    "the entropy counts every position: give it batches without padding, of "
+                    "samples of one length each"
+                )
+            if given.samples:
                 state = arguments(model, state_of(model))
-                counter.take(functional_call(model, state, (inputs,)), labels)
+                counter.take(run_with(model, state, given.run), labels)
     return counter.result()
 
 

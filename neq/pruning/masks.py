@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.neurons import Layer, NeuronIndex, unwrapped
+from neq.optimizers import bare
 from neq.selective import plain_type
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -63,6 +64,7 @@ class Masks:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, exclude: Iterable[str] = ()) -> None:
+        optimizer = bare(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS moves all parameters along one direction: none can stay zero")
         self._model = unwrapped(model)

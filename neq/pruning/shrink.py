@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neq.optimizers import bare
 from neq.pruning.masks import prunable, weight
 from neq.pruning.sensitivity import NeuronSensitivity, parameter_sensitivity
 
@@ -47,7 +48,7 @@ class Shrink:
         self.lam = lam
         self.active = True
         self._sensitivity = sensitivity
-        self._optimizer = optimizer
+        self._optimizer = optimizer = bare(optimizer)
         self._layers = prunable(model, exclude)
         if isinstance(sensitivity, NeuronSensitivity):
             names = (layer.name for layer in self._layers)
