@@ -312,7 +312,7 @@ def test_what_is_said_is_not_cut_off(tmp_path, results, neqbench):
     pq.write_table(table.replace_schema_metadata({"neqbench.schema": "9"}), path)
     result = neqbench("plan", "digits", *SETTINGS, "--results", tmp_path / "r")
     assert refused(result)
-    assert "schema version 9, this neqbench reads version 5; use the neqbench that wrote it" in (
+    assert "schema version 9, this neqbench reads version 6; use the neqbench that wrote it" in (
         result.stderr
     )
     assert json.loads(neqbench("suites", "--format", "json").stdout)

@@ -31,7 +31,8 @@ NAMES = {
     "versions measures started updated",
     "epochs": "epoch samples lr train_loss val_loss test_loss test_metric frozen_neurons "
     f"total_neurons {FLOPS} overhead_flops seconds_train seconds_equilibrium seconds_test "
-    "seconds_checkpoint peak_memory_bytes energy_joules effective_parameters other_load code",
+    "seconds_checkpoint peak_memory_bytes energy_joules effective_parameters other_load code "
+    "fixed_neurons",
     "measures": "epoch layer name value",
     "layers": f"epoch layer neurons frozen {FLOPS} phi_quantiles delta_phi_quantiles "
     "velocity_quantiles mask",
@@ -41,7 +42,7 @@ NAMES = {
 }
 WHOLE = f"seed epoch epochs epochs_done attempts trials_on_device threads samples {FLOPS} "
 WHOLE += "effective_parameters measures frozen_neurons total_neurons overhead_flops "
-WHOLE += "peak_memory_bytes neurons frozen plans plans_measured"
+WHOLE += "peak_memory_bytes fixed_neurons neurons frozen plans plans_measured"
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -166,7 +167,10 @@ def test_a_folder_that_can_not_be_written(tmp_path):
 
 
 SINCE_3 = {"effective_parameters", "other_load", "code", "measures"}
-NEWER = {"1": {"energy_joules", "mask"} | SINCE_3, "2": {"mask"} | SINCE_3, "3": {"mask"}}
+NEWER = {"5": {"fixed_neurons"}}
+NEWER["3"] = {"mask"} | NEWER["5"]
+NEWER["2"] = SINCE_3 | NEWER["3"]
+NEWER["1"] = {"energy_joules"} | NEWER["2"]
 
 
 def as_version(version, table):
@@ -195,7 +199,7 @@ def test_tables_of_earlier_versions_are_still_read(tmp_path, version):
     (path,) = (tmp_path / "digits" / "epochs").iterdir()
     lacking = pq.read_table(path).drop_columns("lr")
     pq.write_table(lacking, path)
-    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 5"):
+    with pytest.raises(UserError, match=r"schema version \d, this neqbench reads version 6"):
         store.read("epochs")
 
 

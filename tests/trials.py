@@ -42,7 +42,8 @@ SMALL = [
     *NARROW,
 ]
 METHODS = ["baseline", "neq", "neq-reference", "random", "smallest_velocity", "freeze_after"]
-MEASURED = {"peak_memory_bytes", "energy_joules", "other_load", "code"}
+# Or newer than rows that were written before.
+MEASURED = {"peak_memory_bytes", "energy_joules", "other_load", "code", "fixed_neurons"}
 SLOT = Slot(gpu=False, sharing=1)
 PATIENCE = 600  # seconds for another process, unless it hangs: a busy machine is no failure
 

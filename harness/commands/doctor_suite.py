@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from harness.flops.subject import Subject, subject
 from harness.methods.building import equal
 from harness.run import preflight
 from harness.run.attempt import attempt
+from harness.run.beginnings import check_beginnings
+from harness.run.routes import check_routes
 from harness.run.trials import resolved, specs
 from harness.seeds import seeded
 from harness.storage.provenance import Slot
@@ -33,10 +34,16 @@ from harness.suite.config import Suite, TrialSpec
 from harness.suite.parts import build_model
 from harness.tasks import Task, build_task
 from harness.train import weights
+from harness.train.tuning import narrow_strided
 
 FEW = 12  # samples of each part that are looked at
 TOGETHER = 600  # seconds that two workers may take
 EPOCHS = 3  # of the trial that is broken off and resumed
+NARROW_STRIDED = (
+    "layer {}: in channels last and float32 on a CPU, oneDNN is reported to write past its memory "
+    "for a 1x1 convolution with stride 2 and fewer than 16 input channels (oneDNN issue 6035); "
+    "tuning leaves channels last out for this model: leave it out of the model's own code, too"
+)
 
 
 def examine_suite(path: str, settings: list[str]) -> Iterator[Finding]:
@@ -70,6 +77,8 @@ def examine_suite(path: str, settings: list[str]) -> Iterator[Finding]:
         yield Finding(what, wrong)
         if wrong:
             return
+        while patient.notes:
+            yield Finding(what, found=patient.notes.pop(0), note=True)
 
 
 def _complaint(examination: Callable[[], None]) -> str:
@@ -83,7 +92,9 @@ def _complaint(examination: Callable[[], None]) -> str:
 
 
 class _Patient:
-    """A suite under examination; each method raises UserError where it finds something wrong."""
+    """A suite under examination; each method raises UserError where it finds something wrong, and
+    adds to `notes` what is none.
+    """
 
     suite: Suite
     folder: Path
@@ -95,6 +106,7 @@ class _Patient:
 
     def __init__(self, path: str, settings: list[str]) -> None:
         self._path, self._settings = path, settings
+        self.notes: list[str] = []  # of the examination, on what is no error
 
     def the_suite_file(self) -> None:
         loaded = files.load_suite(self._path, self._settings)
@@ -126,14 +138,22 @@ class _Patient:
                     f"two models built from one seed differ in {name}; draw from torch's, numpy's "
                     "or Python's global streams, which are seeded"
                 )
+        alike = check_beginnings(self.suite.model, self._build)
+        self.notes += [alike] if alike else []
         weights.load_weights(first, self.suite.model)
         self.model = first
         self.subject = subject(self._path, self._settings, None, None)
+        narrow = narrow_strided(first)
+        if narrow and self.suite.recipe.precision == "float32":
+            self.notes.append(NARROW_STRIDED.format(", ".join(narrow)))
 
-    def _built(self) -> Any:
+    def _build(self) -> nn.Module:
         parts = self.suite.model
+        return build_model(parts.build, self.folder, parts.arguments)
+
+    def _built(self) -> nn.Module:
         with seeded(0, "initialisation"):
-            return build_model(parts.build, self.folder, parts.arguments)
+            return self._build()
 
     def the_data(self) -> None:
         self.data = load_data(self.suite, self.folder)
@@ -205,9 +225,13 @@ class _Patient:
         trials = specs(self._path, self._settings, ",".join(self.suite.methods), "0")
         preflight.check_methods(trials.groups()[0], self.model, self.subject.costs)
         if not bool(self.subject.freezable.any()):
-            raise UserError("no neuron may freeze: model.exclude names every supported layer")
+            why = "model.exclude names every supported layer"
+            if bool(self.subject.costs.neurons.fixed.any()):
+                why += " that the model does not fix itself (requires_grad=False)"
+            raise UserError(f"no neuron may freeze: {why}")
 
     def the_accounting(self) -> None:
+        check_routes(self.model, self.suite.model.input)
         counted = count(self.subject, 0.5, 0, verify=True)
         uncounted = self.subject.costs.uncounted
         if uncounted:
@@ -230,7 +254,7 @@ class _Patient:
 
     def _resume(self, method: str) -> None:
         spec = specs(self._path, self._short(), method, "0")[0]  # of a sweep, the first experiment
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             states = []
             for root, breaks in (("through", False), ("resumed", True)):
                 results = str(Path(folder) / root)
@@ -260,7 +284,7 @@ class _Patient:
 
     def _run_with_two(self, method: str) -> None:
         settings = [word for setting in self._short() for word in ("--set", setting)]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             done = self._launched(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

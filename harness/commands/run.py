@@ -82,8 +82,11 @@ def _run(options: RunOptions, trials: Trials, executor: Executor, console: Conso
             asked = [(t.key, t.method, t.seed) for t in known if t.group == group[0].group]
             keep_request(store.location, Request.of(group[0], asked))
     if parallel.shared(len(todo)):
+        warnings: dict[str, None] = {}
         for group in groups:
-            preflight(group)
+            preflight(group, lambda text: warnings.update({text: None}))
+        for text in warnings:
+            console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
         failed += _execute(executor, todo, count["done"], root, console)
     if parallel.workers() == 1:
         if not options.no_replay:

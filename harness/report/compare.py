@@ -114,7 +114,7 @@ def compare(a: list[Store], b: list[Store], bounds: list[Gate]) -> RunComparison
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """The finished trials of one method of one group, with one choice of its parameters; `values`:
-    by quantity and seed.
+    by quantity and seed; `repeats`: seeds that gave the numbers of another.
     """
 
     suite: str
@@ -124,6 +124,7 @@ class _Part:
     parameters: str
     conditions: dict[str, Any]
     values: dict[str, dict[int, float]]
+    repeats: set[int]
     devices: set[str]
     untimed: bool
     prunes: bool
@@ -176,6 +177,7 @@ def _part(table: GroupTable, method: str, parameters: str, rows: pd.DataFrame) -
         parameters=parameters,
         conditions=conditions(rows.iloc[0].to_dict()) | json.loads(parameters),
         values={name: by_seed(rows, column) for name, column in COLUMNS.items()},
+        repeats=set(rows.loc[rows["repeats"], "seed"].astype(int)),
         devices=devices(rows),
         untimed=seconds_withheld(rows) is not None,
         prunes=bool(rows["size"].notna().any()),
@@ -222,12 +224,18 @@ def _compared(
         return Compared(**of, why=why), []
     before, after = set(first.values["metric"]), set(second.values["metric"])
     quantities = [*POINTS, *_measurements(first, second)]
-    found = [_change(first.values[q], second.values[q], q) for q in quantities]
+    again = first.repeats | second.repeats  # each run counts once, whatever its seeds
+    runs = [{q: _without(p.values[q], again) for q in quantities} for p in (first, second)]
+    found = [_change(runs[0][q], runs[1][q], q) for q in quantities]
     changes = [change for change in found if change is not None]
     return Compared(**of, lacking=sorted(before - after), changes=changes), [
         Compared(**of, seed=seed, changes=_of_seed(first, second, seed, quantities))
         for seed in sorted(before & after)
     ]
+
+
+def _without(values: dict[int, float], seeds: set[int]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if seed not in seeds}
 
 
 def _of_seed(first: _Part, second: _Part, seed: int, quantities: list[str]) -> list[Change]:

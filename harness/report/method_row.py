@@ -41,7 +41,8 @@ class Savings:
 
     Shares are of the dense backward (of `paper`: of the paper's count with nothing frozen). `saved`
     and `saved_required` count the cost of deciding in: 1 − (executed + overhead) / dense;
-    `saved_paper` is the published way. `frozen`: share of the neurons in the last epoch.
+    `saved_paper` is the published way. `frozen`: share of the neurons in the last epoch; `fixed`:
+    share of those that the model itself keeps from training, None where that is not known.
     `effective_parameters`: those that a method leaves that prunes; such a one has no `saved`.
     """
 
@@ -58,6 +59,7 @@ class Savings:
     saved_required: float
     saved_paper: float
     frozen: float
+    fixed: float | None
     effective_parameters: float | None
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from harness.report.beside import beside_one_shot, minima_of
 from harness.report.intervals import (
+    FEWEST,
     Interval,
     difference,
     direction,
@@ -29,13 +30,14 @@ from harness.report.method_row import (
     Savings,
     ShorterBaseline,
 )
+from harness.report.noticed import one_run
 from harness.report.per_trial import COUNTS, Labels, by_seed
 from harness.report.removed import removed_of
 from harness.report.replayed import TIMING, replays_of
 from harness.suite.method_specs import KINDS, kind_of, told
 
 SAVED = ["saved", "saved_required", "saved_paper"]
-MEANS = [*COUNTS, "overhead", "paper_dense", "frozen", "size", *SAVED]
+MEANS = [*COUNTS, "overhead", "paper_dense", "frozen", "fixed", "size", *SAVED]
 
 
 def method_rows(
@@ -56,8 +58,9 @@ def method_rows(
     `done`: the finished trials of a group (`per_trial`); `failures`: trials that failed, by method;
     `margin`: of verdicts, as a share; `measures`, `replays`, `removals`: rows of these tables.
     `noise`: whether they were trained on that; `timed`: whether all ran on one kind of device,
-    `shared`: whether it had other work.
+    `shared`: whether it had other work. Trials that repeat another seed's count once, with it.
     """
+    whole, done = done, done[~done["repeats"]]
     baseline = done[done["baseline"]].drop_duplicates("seed")
     lost = sum(n for key, n in failures.items() if kind_of(json.loads(key[1])).is_baseline)
     known = {(str(m), str(p)): rows for (m, p), rows in done.groupby(["method", "parameters"])}
@@ -71,6 +74,9 @@ def method_rows(
         others = baseline.iloc[:0] if is_baseline else baseline
         quality = _quality(rows, others, margin, judged=withheld is None)
         compared = not is_baseline and quality.difference is not None
+        if (quality.difference_n or FEWEST) < FEWEST:
+            mine = (whole["method"] == key[0]) & (whole["parameters"] == key[1])
+            withheld = withheld or _no_seeds(whole[mine], whole[whole["baseline"]])
         found.append(
             MethodRow(
                 method=key[0],
@@ -93,6 +99,13 @@ def method_rows(
         )
     found.sort(key=_order)
     return beside_one_shot(found, done, noise=noise)
+
+
+def _no_seeds(rows: pd.DataFrame, others: pd.DataFrame) -> str | None:
+    """Why few runs are left of the seeds of a method, or of the baseline's `others`."""
+    mine, theirs = one_run(rows), one_run(others)
+    same = mine or (f"the baseline's {theirs}" if theirs else "")
+    return f"{same} gave the same numbers" if same else None
 
 
 def _order(row: MethodRow) -> tuple[Any, ...]:
@@ -137,9 +150,10 @@ def _quality(rows: pd.DataFrame, others: pd.DataFrame, margin: float, *, judged:
 
 def _savings(rows: pd.DataFrame) -> Savings:
     means = {str(name): float(mean) for name, mean in rows[MEANS].mean(skipna=False).items()}
-    paper_dense, left = means.pop("paper_dense"), means.pop("size")
+    paper_dense, left, fixed = (means.pop(name) for name in ("paper_dense", "size", "fixed"))
     return Savings(
         effective_parameters=left if math.isfinite(left) else None,
+        fixed=fixed if math.isfinite(fixed) else None,
         **means,
         paper_share=_over(means["paper"], paper_dense),
         required_share=_over(means["required"], means["dense"]),

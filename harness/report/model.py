@@ -14,6 +14,7 @@ from harness.report.beside import entropies
 from harness.report.grouped import GroupedRow, grouped
 from harness.report.method_row import MethodRow
 from harness.report.methods import labels, method_rows
+from harness.report.noticed import noticed
 from harness.report.per_trial import Labels, device_shared, devices, per_trial, seconds_withheld
 from harness.report.phases import Phase, phases
 from harness.report.pruned_parts import LayerEntropy
@@ -217,6 +218,7 @@ def _group(
     synthetic = bool(experiment["data"].get("synthetic"))
     margin = MARGIN if request.margin is None else request.margin
     alike, withheld = len(devices(state.done)) == 1, seconds_withheld(done)
+    told = noticed(done)
     rows = method_rows(
         done,
         state.failures,
@@ -229,6 +231,7 @@ def _group(
         timed=alike,
         shared=withheld is not None,
     )
+    done = done[~done["repeats"]]
     return GroupTable(
         suite=first["suite"],
         group=group,
@@ -258,5 +261,5 @@ def _group(
         unfinished=state.unfinished,
         failed=state.failed,
         commits=notes.commits_by_method(trials),
-        notes=notes.notes(trials, rows, synthetic, twice, stated=request.margin is not None),
+        notes=notes.notes(trials, rows, synthetic, twice, stated=request.margin is not None) + told,
     )

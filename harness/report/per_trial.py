@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 
 from harness.report.measures import of_model
+from harness.report.noticed import repeated
 from harness.storage.provenance import OTHER_LOAD
 from harness.suite.config import Probe, Sharpness
 from harness.suite.method_specs import kind_of
 
 COUNTS = ["dense", "paper", "required", "executed"]
 Labels = dict[tuple[str, str], str]  # by name and parameters (JSON) of a method
+LOSSES = ["train_loss", "test_loss"]
 MEASURED = ["seconds_train", "seconds_equilibrium", "energy_joules"]
 SIZES = ["parameters", "neurons"]  # measures of a whole model; what is left of each: `…_left`
 # Measures of a whole model, on the minimum that training has found.
@@ -28,10 +30,12 @@ def per_trial(
     table, of these trials among others. New columns: `value` and `curve` (the last metric, that of
     every epoch); `forward`, `dense`, `paper`, `required`, `executed` and `overhead` (FLOPs per
     sample, mean over epochs), `paper_curve`, `paper_dense`; `saved…`, `spent` (of all FLOPs of
-    plain training), `frozen` (shares); `seconds…`, `memory` (bytes), `energy` (joules),
-    `other_load`; `size` (parameters that are left, of what prunes) and, of what prunes, the fields
-    of `method_row.Pruned`; MINIMA, as recorded last; `baseline`, `in_question` and `label`. Shares
-    are of the baseline's model, where there is one.
+    plain training), `frozen` and `fixed` (shares); `own_dense`, of the trial's own model;
+    `losses` of every epoch, in training and test, and `repeats`, whether another seed has had
+    them; `seconds…`, `memory` (bytes), `energy` (joules), `other_load`; `size` (parameters that are
+    left, of what prunes) and, of what prunes, the fields of `method_row.Pruned`; MINIMA, as
+    recorded last; `baseline`, `in_question` and `label`. Shares are of the baseline's model, where
+    there is one.
     """
     mine = epochs[epochs["trial"].isin(done["trial"])].sort_values("epoch", kind="stable")
     by_sample = {
@@ -42,10 +46,11 @@ def per_trial(
         overhead=mine["overhead_flops"] / mine["samples"],
         forward=mine["forward_flops"] / mine["samples"],
         frozen=mine["frozen_neurons"] / mine["total_neurons"],
+        fixed=mine["fixed_neurons"].astype(float) / mine["total_neurons"],
     )
     trials = mine.groupby("trial", observed=True)
     known = trials[[*MEASURED, *COUNTS]].count().eq(trials.size(), axis=0)  # in every epoch
-    lists = trials[["test_metric", "paper"]].agg(list)
+    lists = trials[["test_metric", "paper", *LOSSES]].agg(list)
     sums = trials[MEASURED].sum().where(known[MEASURED])
     always = ["overhead", "forward", "other_load"]
     whole = known[COUNTS].assign(**dict.fromkeys(always, True))
@@ -56,6 +61,11 @@ def per_trial(
         paper_curve=lists["paper"],
         paper_dense=[curve[0] for curve in lists["paper"]],  # everything trains in epoch 0
         frozen=trials["frozen"].last(),
+        fixed=trials["fixed"].last(),
+        total_neurons=trials["total_neurons"].last(),
+        losses=(lists["train_loss"] + lists["test_loss"]).map(
+            lambda losses: (*map(float, losses),)
+        ),
         seconds_train=sums["seconds_train"],
         seconds_decide=sums["seconds_equilibrium"],
         memory=trials["peak_memory_bytes"].max(),
@@ -68,6 +78,8 @@ def per_trial(
     joined = joined.assign(
         baseline=np.array([kind.is_baseline for kind in kinds], dtype=bool),
         in_question=np.array([kind.in_question for kind in kinds], dtype=bool),
+        repeats=repeated(joined),
+        own_dense=joined["dense"],
         label=[labels[pair] for pair in zip(joined["method"], joined["parameters"], strict=True)],
         seconds=joined["seconds_train"] + joined["seconds_decide"],
         # A process that comes to a GPU for an epoch is too many; a CPU may be busy for a moment.

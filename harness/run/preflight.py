@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from harness.errors import UserError, with_origin
 from harness.flops.costs import Costs
 from harness.flops.subject import costs_of
 from harness.methods.training import Training, Weights
+from harness.run.beginnings import check_beginnings
 from harness.run.rehearsal import rehearse
+from harness.run.routes import check_routes
 from harness.seeds import restored
 from harness.suite import parts
 from harness.suite.config import Suite, TrialSpec
@@ -33,13 +35,15 @@ from harness.train.probe import check_probe
 SAMPLES = 2  # that are run through the model
 
 FirstSamples = dict[str, list[Batch]]  # by part: "training", "validation", "test"
+Warn = Callable[[str], None]
 
 
-def preflight(trials: Sequence[TrialSpec]) -> Dataset:
+def preflight(trials: Sequence[TrialSpec], warn: Warn = lambda text: None) -> Dataset:
     """Build everything once and run a few samples of every part of the data, before hours are
     spent.
 
-    `trials`: of one group. Returns the data that it opened. Raises UserError for what is wrong.
+    `trials`: of one group; `warn`: is told, in a line each, what is not wrong and yet to be known.
+    Returns the data that it opened. Raises UserError for what is wrong.
     """
     suite, folder = trials[0].suite, trials[0].folder
     with restored():
@@ -50,18 +54,47 @@ def preflight(trials: Sequence[TrialSpec]) -> Dataset:
         model = parts.build_model(suite.model.build, folder, suite.model.arguments)
         weights.load_weights(model, suite.model)
         costs = costs_of(model, suite.model.input, suite.model.unpublished)
+        check_model(suite, folder, model, costs, warn)
         task = build_task(suite, folder)
         check_outputs(suite, task, model, samples, data.labels())
         check_analysis(suite, folder, task, model, data, samples)
         check_methods(trials, model, costs)
         for trial in _each_method(trials):
             if trial.method_spec.model_changes:
-                other, _ = _other_model(trial)
+                other, counted = _other_model(trial)
+                _tell_uncounted(f"suite {suite.name}: method {trial.method}", counted, warn)
                 check_outputs(suite, task, other, samples, data.labels())
                 check_analysis(suite, folder, task, other, data, samples)
         if suite.resources.world_size > 1:
             check_gradients(suite, task, model, samples)
     return data
+
+
+def check_model(
+    suite: Suite, folder: Path | str, model: nn.Module, costs: Costs, warn: Warn
+) -> None:
+    """Raises UserError where forwards of the suite's model differ by chance, or its builder seeds
+    the random streams; `warn` is told of other seeds that begin alike, and of FLOPs in no count.
+    """
+    parts_ = suite.model
+    try:
+        check_routes(model, parts_.input)
+        alike = check_beginnings(
+            parts_, lambda: parts.build_model(parts_.build, folder, parts_.arguments)
+        )
+    except UserError as error:
+        raise UserError(f"suite {suite.name}: {error}") from None
+    if alike:
+        warn(f"suite {suite.name}: {alike}")
+    _tell_uncounted(f"suite {suite.name}", costs, warn)
+
+
+def _tell_uncounted(where: str, costs: Costs, warn: Warn) -> None:
+    if costs.uncounted:
+        warn(
+            f"{where}: the FLOPs of {', '.join(costs.uncounted)} are in no count: "
+            "what is saved is told without them"
+        )
 
 
 def check_size(suite: Suite, data: Dataset) -> None:
@@ -106,7 +139,7 @@ def _each_method(trials: Sequence[TrialSpec]) -> list[TrialSpec]:
 
 def _other_model(trial: TrialSpec) -> tuple[nn.Module, Costs]:
     """The model that the method wants otherwise than the suite; raises UserError where its
-    arguments build none, or one with a layer of no neurons.
+    arguments build none, or one with a layer of no neurons or whose forwards differ by chance.
     """
     parts_, changes = trial.trained_suite.model, trial.method_spec.model_changes
     where = f"methods.{trial.method}: the model with {changes}"
@@ -118,7 +151,9 @@ def _other_model(trial: TrialSpec) -> tuple[nn.Module, Costs]:
         empty = [name for name, p in model.named_parameters() if p.numel() == 0]
         if empty:
             raise UserError(f"{empty[0]} has no elements; widths must be 1 or more")
-        return model, costs_of(model, parts_.input, parts_.unpublished)
+        costs = costs_of(model, parts_.input, parts_.unpublished)
+        check_routes(model, parts_.input)
+        return model, costs
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

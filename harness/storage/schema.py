@@ -31,7 +31,7 @@ from harness.suite.config import TrialSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 5  # raise with every column that is added
+VERSION = 6  # raise with every column that is added
 SCHEMA_VERSION = str(VERSION)
 REWRITTEN = "delete it and run the suite again: it is rewritten from its checkpoint"
 REMEASURED = "delete it and run the suite again: it is measured anew"
@@ -57,9 +57,9 @@ class EpochRecord:
     epoch: int = _column("number of the epoch, from 0")
     samples: int = _column("samples trained on")
     lr: float = _column("learning rate of the first parameter group at the start of the epoch")
-    train_loss: float = _column("mean loss over the training samples", reported=False)
+    train_loss: float = _column("mean loss over the training samples")
     val_loss: float | None = _column("mean loss over the validation samples", reported=False)
-    test_loss: float = _column("mean loss over the test samples", reported=False)
+    test_loss: float = _column("mean loss over the test samples")
     test_metric: float = _column("what `metric` of `trials` names, a share from 0 to 1")
     frozen_neurons: int = _column("neurons frozen during the epoch")
     total_neurons: int = _column("all neurons of the model")
@@ -102,6 +102,11 @@ class EpochRecord:
         "where neqbench was installed",
         reported=False,
         since=3,
+    )
+    fixed_neurons: int | None = _column(
+        "neurons whose layers the model keeps from training (`requires_grad=False`): they are not "
+        "frozen, whatever the method says",
+        since=6,
     )
 
     def row(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, with_origin
+from harness.paths import passed_over
 from harness.suite import imports
 from harness.suite.config import Suite
 
@@ -62,7 +63,8 @@ def code_digests(suite: Suite, folder: Path, *, shipped: bool) -> tuple[str, dic
         for name, method in suite.methods.items()
         if method.foreign
     }
-    own = set() if shipped else {path.resolve() for path in folder.glob("*.py")}
+    beside = {path for path in folder.glob("*.py") if not passed_over(path.name)}
+    own = set() if shipped else beside
     heads = [path for path in own if imports.mentions(path, "harness.methods")]
     of_methods = imports.modules_below(folder, heads).union(*methods.values())
     return _digest(parts | (own - of_methods), folder), {
@@ -105,13 +107,32 @@ def build_part(reference: str, folder: Path | str, arguments: dict[str, Any]) ->
 
 
 def build_model(reference: str, folder: Path | str, arguments: dict[str, Any]) -> "nn.Module":
-    """The torch module that the callable at `reference` returns; raises UserError for any other."""
+    """The torch module that the callable at `reference` returns.
+
+    Raises UserError for anything else, and for a module with layers whose sizes are not known yet.
+    """
     from torch import nn
 
     module = build_part(reference, folder, arguments)
     if not isinstance(module, nn.Module):
         raise UserError(f"{reference!r} returned {type(module).__name__}, not a torch module")
+    check_sizes(f"{reference!r}", module)
     return module
+
+
+def check_sizes(where: str, model: "nn.Module") -> None:
+    """Raises UserError, which begins with `where`, for layers such as nn.LazyLinear whose sizes
+    are not known yet.
+    """
+    from neq.neurons import lazy_layers
+
+    lazy = lazy_layers(model)
+    if lazy:
+        kind = type(model.get_submodule(lazy[0])).__name__
+        raise UserError(
+            f"{where}: layer {lazy[0] or '(the model itself)'}, a {kind}, has no size yet; run one "
+            "forward on a sample where the model is built"
+        )
 
 
 def _installed(name: str) -> ModuleType:

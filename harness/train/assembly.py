@@ -18,6 +18,7 @@ from harness.data.load import load_data
 from harness.flops.costs import Backward, Costs, count_costs
 from harness.methods import Method, Training
 from harness.methods.building import (
+    COUNTS,
     checked_mask,
     checked_readings,
     checked_size,
@@ -81,10 +82,12 @@ class Assembly:
         self.method.start()
 
     def begin_epoch(self) -> tuple[Tensor, Mapping[str, neq.LayerPlan]]:
-        """Who stands still now, bool [neurons], and how the layers' backwards are computed."""
+        """Who stands still now, bool [neurons], and how the layers' backwards are computed; the
+        model's own fixed layers are not the method's.
+        """
         self.training.count()
         neurons = self.costs.neurons
-        frozen = checked_mask(self.name, self.method, len(neurons))
+        frozen = checked_mask(self.name, self.method, len(neurons)) & ~neurons.fixed
         plan = self.method.plan
         if plan is None:  # whatever stands still, all rows are computed
             plan = neq.plan(neurons, torch.zeros_like(frozen))
@@ -145,7 +148,8 @@ class Assembly:
 
 def _by_name(forward: int, backward: Backward) -> dict[str, int]:
     """FLOPs by the names that methods and columns have for them."""
-    return {"forward": forward} | {f"backward_{k}": n for k, n in asdict(backward).items()}
+    counts = {f"backward_{name}": n for name, n in asdict(backward).items()}
+    return {"forward": forward} | {name: counts[name] for name in COUNTS}
 
 
 def assemble(

@@ -194,7 +194,7 @@ class Sides:
     def mask(self, plan: EpochMask) -> Tensor:
         """The mask of an epoch, bool [neurons]; raises UnreplayableError where it is not known."""
         try:
-            return plan.tensor(self._freezer.neurons)
+            return plan.tensor(self._freezer.neurons) & ~self._freezer.neurons.fixed
         except UnknownMaskError as error:
             raise UnreplayableError(str(error)) from None
 

@@ -106,6 +106,7 @@ class Trial:
             samples=work.training.samples["train"],
             frozen_neurons=int(frozen.sum()),
             total_neurons=len(frozen),
+            fixed_neurons=int(work.costs.neurons.fixed.sum()),
             **flops_columns(flops),
             effective_parameters=work.size(),
             seconds_checkpoint=None,
