@@ -27,7 +27,7 @@ def files_below(folder: Path, endings: Collection[str]) -> list[str]:
 
     Links are followed, and no folder is entered twice. What is `passed_over` is left out, and so
     are folders below it that can't be read. Raises UserError for a folder that can't be read
-    itself, and for a link to a file that is not there.
+    itself, and for a link to a file that can't be followed.
     """
     found: list[tuple[str, str]] = []  # there may be a million: no Path for each
     entered: set[tuple[int, int]] = set()
@@ -49,24 +49,58 @@ def files_below(folder: Path, endings: Collection[str]) -> list[str]:
             if passed_over(entry.name):
                 continue
             linked = entry.is_symlink()
-            if Path(entry.path).is_dir() if linked else entry.is_dir():
+            if is_folder(Path(entry.path)) if linked else entry.is_dir():
                 todo.append(entry.path)
             elif entry.name.lower().endswith(tuple(endings)):
-                if linked and (lost := lost_link(Path(entry.path))):
-                    raise UserError(lost)
+                if linked:
+                    check_link(Path(entry.path))
                 found.append((at, entry.name))
     return [f"{at}/{name}" for at, name in sorted(found)]
 
 
 def lost_link(path: Path) -> str:
-    """What to say where `path`, or a folder above it, is a link to nothing; else empty."""
+    """What to say where `path`, or a folder above it, is a link to nothing; else empty.
+
+    Where a link can't be looked at, nothing is known of it.
+    """
     for link in (path, *path.parents):
-        if link.is_symlink() and not link.exists():
+        try:
+            target = link.readlink()
+        except (OSError, ValueError):  # no link, as a rule
+            continue
+        try:
+            link.stat()
+        except PermissionError:
+            continue
+        except OSError:
             return (
-                f"{link} is a link to {link.readlink()}, which is not there; mount or mend that, "
-                "or remove the link"
+                f"{link} is a link to {target}, which is not there; mount or mend that, or remove "
+                "the link"
             )
     return ""
+
+
+def check_link(path: Path) -> None:
+    """Raises UserError for a link that can't be followed."""
+    try:
+        path.stat()
+    except OSError as error:
+        raise UserError(lost_link(path) or f"{path}: {error.strerror}") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is there, as far as can be seen."""
+    return os.path.exists(path)  # noqa: PTH110 — Path's raises where nothing can be seen
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there, as far as can be seen."""
+    return os.path.isdir(path)  # noqa: PTH112 — as above
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there, as far as can be seen."""
+    return os.path.isfile(path)  # noqa: PTH113 — as above
 
 
 def read_text(path: Path) -> str:

@@ -8,6 +8,7 @@ the shards, which is mapped into memory: a sample costs its own bytes.
 """
 
 import hashlib
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ PARTS = {  # what words in the names of files and folders say so
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-IMAGES = ("image", "img", "images", "picture", "jpg", "jpeg", "png", "webp")
+IMAGES = ("image", "img", "images", "picture", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABELS = ("label", "labels", "fine_label", "class", "cls", "class_id", "target", "category")
 
 
@@ -60,10 +61,14 @@ def shards(root: Path, part: str, *, called: bool = False) -> list[Path]:
     files = sorted(map(Path, files_below(root, [".parquet"]))) if root.is_dir() else []
     found = [file for file in files if file.name.startswith(f"{part}-")]
     counted = not found or "-of-" in found[0].name
+    sets = [_total(file) if counted else "" for file in found]
     if not found and not called:
-        found = [file for file in files if _part_of(file.relative_to(root)) == part]
-    for file in found:
-        other = next(f for f in found if f.name == file.name)
+        placed = {file: _placed(file.relative_to(root)) for file in files}
+        found = [file for file in files if placed[file][0] == part]
+        sets = [f"{placed[file][1]} {_total(file)}" for file in found]
+    names: dict[str, Path] = {}
+    for file, its in zip(found, sets, strict=True):
+        other = names.setdefault(file.name, file) if its == sets[0] else found[0]
         if counted and other != file:
             raise UserError(
                 f"{root}: there are several data sets, as {other.relative_to(root)} and "
@@ -72,14 +77,21 @@ def shards(root: Path, part: str, *, called: bool = False) -> list[Path]:
     return found
 
 
-def _part_of(file: Path) -> str | None:
-    """The part that a word in the file's name stands for, or in that of the nearest folder."""
-    for name in (file.stem, *reversed(file.parts[:-1])):
-        for word in re.split("[^a-z]+", name.lower()):
+def _placed(file: Path) -> tuple[str | None, Path]:
+    """The part that a word in the file's name stands for, or in that of the nearest folder; and
+    the folder around what has that name: that of a configuration.
+    """
+    for place in (file.with_suffix(""), *file.parents):
+        for word in re.split("[^a-z]+", place.name.lower()):
             for part, words in PARTS.items():
                 if word in words:
-                    return part
-    return None
+                    return part, place.parent
+    return None, file.parent
+
+
+def _total(file: Path) -> str:
+    """Of train-00000-of-00294.parquet, or ….-of-00294-a1b2.parquet, it is 00294."""
+    return file.stem.partition("-of-")[2].split("-")[0]
 
 
 def encoded(root: Path, part: str) -> Encoded:
@@ -110,21 +122,34 @@ def encoded(root: Path, part: str) -> Encoded:
 
 def complete(root: Path, part: str, files: list[Path]) -> list[Path]:
     """The part's `files`; raises UserError where there is none, or their names say that some are
-    missing: train-00000-of-00294.parquet tells how many there are, 0003.parquet how many before it.
+    missing: train-00000-of-00294.parquet tells how many there are, 0003.parquet how many before it
+    (those of other lengths than the hub's four may begin at 1).
     """
     if not files:
         raise UserError(f"{root}: no {part}-*.parquet beside the other parquet files; add them")
-    _, of, total = files[0].stem.partition("-of-")
-    if of and total.split("-")[0].isdecimal() and len(files) != int(total.split("-")[0]):
+    total = _total(files[0])
+    if total.isdecimal() and len(files) != int(total):
         raise UserError(
-            f"{files[0].parent}: {len(files)} of {int(total.split('-')[0])} {part} shards are "
-            "there; add the others"
+            f"{files[0].parent}: {len(files)} of {int(total)} {part} shards are there; add the "
+            "others"
         )
-    numbers = [int(file.stem) for file in files if re.fullmatch("[0-9]{4}", file.stem)]
-    lacking = sorted({*range(max(numbers, default=0))} - {*numbers})
+    lacking = _lacking([file.stem for file in files])
     if lacking:
-        raise UserError(f"{files[0].parent}: {lacking[0]:04d}.parquet is not there; add it")
+        raise UserError(f"{files[0].parent}: {lacking}.parquet is not there; add it")
     return files
+
+
+def _lacking(stems: list[str]) -> str:
+    """The first number that is left out; of long ones without a zero before them, which are dates
+    or the like, nothing is known.
+    """
+    counts = [stem for stem in stems if re.fullmatch("[0-9]{1,4}|0[0-9]+", stem)]
+    if not counts:
+        return ""
+    digits, numbers = min(map(len, counts)), {int(stem) for stem in counts}
+    first = 0 if digits == 4 else min(1, *numbers)
+    lacking = next(n for n in itertools.count(first) if n not in numbers)
+    return f"{lacking:0{digits}d}" if lacking < max(numbers) else ""
 
 
 def _copy(files: list[Path], path: Path) -> None:
@@ -151,11 +176,13 @@ def rows(file: Path, usual: str) -> Iterator[pa.RecordBatch]:
     """
     try:
         parquet = pq.ParquetFile(file)
-        image, label = _columns(file, parquet.schema_arrow, usual)
+        image, label = _columns(file, parquet, usual)
         for batch in parquet.iter_batches(ROWS, columns=[image, label]):
-            encoded, labels = batch.column(image), batch.column(label).cast(pa.int64())
+            encoded, labels = batch.column(image), _whole(file, label, batch.column(label))
             if pa.types.is_struct(encoded.type):
                 encoded = pc.struct_field(encoded, "bytes")
+                if len(encoded) and encoded.null_count == len(encoded):
+                    raise UserError(_paths_alone(file, image))
             if encoded.null_count or labels.null_count:
                 raise ValueError("rows without the bytes of an image, or without a label")
             yield pa.record_batch([encoded.cast(pa.large_binary()), labels], schema=SCHEMA)
@@ -165,13 +192,39 @@ def rows(file: Path, usual: str) -> Iterator[pa.RecordBatch]:
         ) from None
 
 
-def _columns(file: Path, schema: pa.Schema, usual: str) -> tuple[str, str]:
-    """The names of the columns with the images and the labels."""
-    there = {field.name: field.type for field in schema}
-    images = [name for name in (usual, *IMAGES) if _holds_images(there.get(name))]
-    labels = [name for name in LABELS if name in there and pa.types.is_integer(there[name])]
-    if images and labels:
-        return images[0], labels[0]
+def _whole(file: Path, name: str, labels: pa.Array) -> pa.Array:
+    try:
+        return labels.cast(pa.int64())
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{file}: {name} ({labels.type}) holds what is no whole number ({one_line(error)}); "
+            "number the classes from 0 on"
+        ) from None
+
+
+def _paths_alone(file: Path, name: str) -> str:
+    return (
+        f"{file}: {name} holds paths, not pictures; save it with the pictures embedded (as bytes)"
+    )
+
+
+def _columns(file: Path, parquet: pq.ParquetFile, usual: str) -> tuple[str, str]:
+    """The names of the columns with the images and the labels, in any case."""
+    there = {field.name: field.type for field in parquet.schema_arrow}
+    spelt = {name.lower(): name for name in sorted(there)}  # in small letters, where there are two
+    named = [spelt[name] for name in (usual, *IMAGES) if name in spelt]
+    images = [name for name in named if _holds_images(there[name])]
+    labels = [spelt[name] for name in LABELS if name in spelt]
+    # Those that are none by their type may be by their values.
+    ranked = [name for name in labels if pa.types.is_integer(there[name])]
+    ranked = ranked or [name for name in labels if _castable(parquet, name)]
+    real = (pa.types.is_floating, pa.types.is_decimal)  # said by their values
+    ranked = ranked or [name for name in labels if any(kind(there[name]) for kind in real)]
+    if images and ranked:
+        return images[0], ranked[0]
+    paths = [name for name in named if _field(there[name], "path")]
+    if paths and not images:
+        raise UserError(_paths_alone(file, paths[0]))
     others = ", ".join(name for name in IMAGES if name != usual)
     raise UserError(
         f"{file}: without the columns {usual} (bytes, or a struct with bytes; or called {others}) "
@@ -180,10 +233,22 @@ def _columns(file: Path, schema: pa.Schema, usual: str) -> tuple[str, str]:
     )
 
 
-def _holds_images(kind: pa.DataType | None) -> bool:
-    if kind is not None and pa.types.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        kind = kind.field(place).type if place >= 0 else None
+def _castable(parquet: pq.ParquetFile, name: str) -> bool:
+    try:
+        parquet.read([name])[name].cast(pa.int64())
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _field(kind: pa.DataType, name: str) -> pa.DataType | None:
+    place = kind.get_field_index(name) if pa.types.is_struct(kind) else -1
+    return kind.field(place).type if place >= 0 else None
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        kind = _field(kind, "bytes")
     if kind is None:
         return False
     return bool(

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.errors import UserError
 from harness.run.trials import specs
+from harness.seeds import seed_globals
 from harness.suite import files, parts
 
 SUITE = """
@@ -139,3 +141,12 @@ def test_a_folder_called_suites_hides_none(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('"trial"') == 15
+
+
+def test_a_module_that_seeds_when_it_is_imported_leaves_the_streams_alone(tmp_path):
+    text = "import random, numpy, torch\ntorch.manual_seed(0); random.seed(0); numpy.random.seed(0)"
+    (tmp_path / "parts.py").write_text(f"{text}\n\n\ndef model():\n    return torch.rand(2)\n")
+    seed_globals(7, "initialisation")
+    expected = torch.rand(2)
+    seed_globals(7, "initialisation")
+    assert torch.equal(parts.build_part("parts:model", tmp_path, {}), expected)

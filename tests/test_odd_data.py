@@ -256,7 +256,7 @@ def write(path, values, **columns):
 LAYOUTS = {
     "converted": ("default/train/0000", "default/train/0001", "default/validation/0000"),
     "converted, at the root": ("train/0000", "train/0001", "validation/0000"),
-    "first part alone": ("default/partial-train/0000", "x/partial-train/0001", "x/validation/0000"),
+    "first part alone": ("x/partial-train/0000", "x/partial-train/0001", "x/validation/0000"),
     "older": ("plain_text/toy-train-00000-of-00002", "plain_text/toy-train-00001-of-00002", "val"),
     "named": ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-0"),
     "short": ("training_0", "training_1", "dev"),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from harness.errors import UserError, one_line
-from harness.paths import lost_link
+from harness.paths import is_there, lost_link
 from harness.run.ray_folder import check_ray_folder, ray_folder
 from harness.storage import leases
 from harness.storage.locations import open_location
@@ -174,7 +174,7 @@ def _ray(address: str | None) -> Iterator[Finding]:
 def _results(results: str) -> Iterator[Finding]:
     """Written, and with one owner: of two who create a file, one must fail."""
     location, name = open_location(results), f".doctor.{leases.new_owner()}"
-    made = "://" not in results and not Path(results).exists()
+    made = "://" not in results and not is_there(Path(results))
     try:
         location.write(name, b"")
         location.remove(name)
@@ -195,9 +195,11 @@ def _results(results: str) -> Iterator[Finding]:
 
 def _space(results: str) -> Iterator[Finding]:
     spots = {} if "://" in results else {"space for results": Path(results).absolute()}
-    spots["space for Ray"] = ray_folder().absolute()
+    with contextlib.suppress(UserError):
+        check_ray_folder()
+        spots["space for Ray"] = ray_folder()
     for what, path in spots.items():
-        there = next(p for p in (path, *path.parents) if p.exists())
+        there = next(p for p in (path, *path.parents) if is_there(p))
         usage = shutil.disk_usage(there)
         found = f"{usage.free / 2**30:.0f} GiB free of {usage.total / 2**30:.0f} at {there}"
         little = usage.free < SPACE or usage.free < 0.05 * usage.total  # Ray refuses to work then

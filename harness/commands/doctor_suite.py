@@ -233,9 +233,8 @@ class _Patient:
     def the_accounting(self) -> None:
         check_routes(self.model, self.suite.model.input)
         counted = count(self.subject, 0.5, 0, verify=True)
-        uncounted = self.subject.costs.uncounted
-        if uncounted:
-            raise UserError(f"the model's FLOPs can't be counted: {', '.join(uncounted)}")
+        if counted.uncounted:
+            raise UserError(f"the model's FLOPs can't be counted: {', '.join(counted.uncounted)}")
         if not counted.agrees:
             raise UserError(
                 f"counted and executed FLOPs differ: {counted.json()['verify']}; does the forward "

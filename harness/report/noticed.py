@@ -80,8 +80,8 @@ def _unequal(rows: pd.DataFrame, whose: str) -> list[str]:
     ]
     return [
         f"Dense FLOPs differ between {whose}, from {ends[0]} to {ends[1]}: layers were left out at "
-        "random when they were counted, or routes followed the weights; shares here are not of "
-        "equal work, and a new run names the layer."
+        "random when they were counted, routes followed the weights, or different versions of "
+        "neqbench counted them; shares here are not of equal work."
     ]
 
 

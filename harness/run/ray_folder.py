@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from harness.errors import UserError, one_line
-from harness.paths import lost_link
+from harness.paths import is_there, lost_link
 
 LONGEST = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
 SOCKET = "session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"  # the longest of Ray's
@@ -19,10 +19,15 @@ def ray_folder() -> Path:
 
 
 def check_ray_folder() -> None:
-    """Raises UserError where Ray can't start: its sockets' paths are too long, or nothing can be
-    written there.
+    """Raises UserError where Ray can't start: the folder is relative, its sockets' paths are too
+    long, or nothing can be written there.
     """
     folder = ray_folder()
+    if not folder.is_absolute():
+        raise UserError(
+            f"Ray can't start in {folder}: it wants its folder from the root on; set RAY_TMPDIR to "
+            "an absolute path, such as /tmp"
+        )
     length = len(os.fsencode(folder / SOCKET.format(pid=os.getpid())))
     if length > LONGEST:
         raise UserError(
@@ -30,7 +35,7 @@ def check_ray_folder() -> None:
             f"{LONGEST} are allowed; set RAY_TMPDIR to a short path, such as /tmp"
         )
     wrong = lost_link(folder)
-    there = next(path for path in (folder, *folder.parents) if path.exists())  # Ray makes the rest
+    there = next(path for path in (folder, *folder.parents) if is_there(path))  # Ray makes the rest
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(4096))

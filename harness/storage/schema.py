@@ -65,7 +65,8 @@ class EpochRecord:
     total_neurons: int = _column("all neurons of the model")
     forward_flops: int = _column("FLOPs of the training forwards", by_layer=True)
     backward_flops_dense: int = _column(
-        "of the backwards with nothing frozen: weight and input gradients", by_layer=True
+        "of the backwards with nothing frozen: weight and input gradients, what is recomputed",
+        by_layer=True,
     )
     backward_flops_paper: int = _column(
         "of the backwards by the published convention", by_layer=True

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import UserError
-from harness.paths import lost_link, read_text
+from harness.paths import is_file, lost_link, read_text
 from harness.suite import sweep
 from harness.suite.config import Suite
 from harness.suite.imports import SHIPPED
@@ -62,12 +62,12 @@ def suite_file(name: str) -> Path:
     if name in known:
         return known[name]
     path = Path(name)
-    if path.is_dir() and (path / "suite.toml").is_file():
+    if is_file(path / "suite.toml"):
         return (path / "suite.toml").resolve()
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix == ".toml" and is_file(path):
         return path.resolve()
     raise UserError(
-        lost_link(path)
+        lost_link(path / "suite.toml")
         or f"unknown suite {name!r}{_similar(name, known)}: it is neither one of "
         f"{', '.join(known)} nor a folder with a suite.toml"
     )
@@ -81,8 +81,9 @@ def _read(path: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: extends: no file {base!r} beside it")
+    if not isinstance(base, str) or not is_file(path.parent / base):
+        lost = lost_link(path.parent / base) if isinstance(base, str) else ""
+        raise UserError(f"{path}: extends: {lost or f'no file {base!r} beside it'}")
     if path.resolve() in extended:
         raise UserError(f"{path}: extends: it extends itself, by way of {extended[-1]}")
     return _merge(_read(path.parent / base, (*extended, path.resolve())), values)

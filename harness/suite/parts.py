@@ -37,8 +37,11 @@ def _module(reference: str, folder: Path | str) -> Any:
     name, _, attribute = reference.partition(":")
     if not attribute:
         raise UserError(f"{reference!r}: write it as module:callable")
+    from harness.seeds import restored
+
     try:
-        return imports.beside(name, Path(folder).resolve()) or _installed(name)
+        with restored():  # a module may seed the streams when it is imported
+            return imports.beside(name, Path(folder).resolve()) or _installed(name)
     except Exception as error:
         raise UserError(f"{reference!r} cannot be loaded: {with_origin(error)}") from error
 

@@ -13,12 +13,13 @@ from PIL import Image
 
 from harness.data import Data, Samples, Source, Transform
 from harness.errors import UserError
-from harness.paths import files_below, lost_link, passed_over
+from harness.paths import check_link, files_below, is_folder, lost_link, passed_over
 from harness.vision import torchvision
 from suites import hub
 from suites.pictures import decode
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+TEXTS = ("readme", "license", "makefile")  # without an ending, and yet no class
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WHERE = (
     "get ILSVRC2012 from image-net.org and unpack it to train/<class>/ and val/<class>/, or the "
@@ -55,14 +56,22 @@ class ClassFolders:
 
 
 def _classes(folder: Path) -> list[str]:
-    """The names of the class folders; raises UserError for a link that leads nowhere."""
-    if not folder.is_dir():
+    """The names of the class folders.
+
+    Raises UserError for a folder that can't be read, and for a link that can't be followed and
+    could be one to a class or to a picture.
+    """
+    if not is_folder(folder):
         return []
-    there = [path for path in sorted(folder.iterdir()) if not passed_over(path.name)]
+    try:
+        there = [path for path in sorted(folder.iterdir()) if not passed_over(path.name)]
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
     for path in there:
-        if path.is_symlink() and (lost := lost_link(path)):
-            raise UserError(lost)
-    return [path.name for path in there if path.is_dir()]
+        wanted = path.suffix.lower() in ("", *ENDINGS) and path.name.lower() not in TEXTS
+        if wanted and path.is_symlink():
+            check_link(path)
+    return [path.name for path in there if is_folder(path)]
 
 
 class Shards:
@@ -112,7 +121,7 @@ def load(options: Data) -> Samples:
 
 def _folders(root: Path) -> tuple[ClassFolders, ClassFolders]:
     for part in ("train", "val"):
-        if not (root / part).is_dir():
+        if not is_folder(root / part):
             raise UserError(lost_link(root / part) or _missing(root, part))
     return ClassFolders(root, "train"), ClassFolders(root, "val")
 
