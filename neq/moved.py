@@ -4,10 +4,11 @@ No copies are kept, but a fingerprint of each frozen row. Weights that are loade
 moved, and those of an average that has been swapped in will be swapped back: see Record.
 """
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ class Record:
         self._stepped = False  # by a given optimizer, since rows froze
         self._under_way: set[int] = set()  # given optimizers that are stepping, by their ids
         self._others: dict[int, int] = {}  # steps of other optimizers of these rows, by their ids
-        self._handles = _watch_others(self)
+        _watch_steps()
+        _records.add(self)
 
     @torch.no_grad()
     def freeze(self, frozen: Tensor) -> None:
@@ -234,26 +236,29 @@ class Record:
 
     def remove(self) -> None:
         """Watch nobody any more."""
-        for handle in self._handles:
-            handle.remove()
+        _records.discard(self)
 
 
-def _watch_others(record: Record) -> list[Any]:
-    """Let `record` see the steps of all optimizers for as long as it lives."""
-    alive = weakref.ref(record)
+_records: WeakSet[Record] = WeakSet()
+
+
+@cache
+def _watch_steps() -> None:
+    """Let records see the steps of all optimizers, from now on.
+
+    torch goes through these hooks while they are called: none is taken away again.
+    """
 
     def before(optimizer: Optimizer, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and (record := alive()) is not None:
+        for record in () if torch.compiler.is_compiling() else [*_records]:
             record.before_other(optimizer)
 
     def after(optimizer: Optimizer, *_: Any) -> None:
-        if not torch.compiler.is_compiling() and (record := alive()) is not None:
+        for record in () if torch.compiler.is_compiling() else [*_records]:
             record.after_other(optimizer)
 
-    handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-    for handle in handles:
-        weakref.finalize(record, handle.remove)
-    return handles
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
 
 
 def _joined(rows: _Rows, late: _Rows) -> _Rows:

@@ -12,6 +12,8 @@ from trials import small
 import neq
 from harness.flops.costs import count_costs
 from harness.flops.oracle import backward_flops_by_torch
+from harness.train import assembly
+from harness.train.tuning import Tuning
 from neq import compiled
 from neq.required import BATCH
 
@@ -292,3 +294,13 @@ def test_a_suite_may_hold_statistics():
     explicit = small("random", "methods.random.hold_statistics=false", "methods.random.keep=0.0")
     assert held.key != usual.key
     assert explicit.key == usual.key
+    dumped = [spec.suite.methods["random"].model_dump() for spec in (held, usual)]
+    assert dumped[0]["hold_statistics"]
+    assert "hold_statistics" not in dumped[1]  # as it was before there was one
+    moved = []
+    for spec in (held, usual):
+        work = assembly.assemble(spec, torch.device("cpu"), None, {"tuning": Tuning().to_json()})
+        work.method.freezer.freeze(work.method.freezer.neurons.select(["bn1"]))
+        work.model.train()(torch.randn(4, *spec.suite.model.input))
+        moved.append(bool((work.model.bn1.running_mean != 0).any()))
+    assert moved == [False, True]

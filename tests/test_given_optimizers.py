@@ -9,10 +9,12 @@ import torch
 from conftest import random_batches
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks as optimizer_hooks
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import neq
 from neq import pruning
+from neq.moved import _records, fingerprints
 
 ROWS = slice(0, 4)  # of the convolution: these are frozen
 MOVED = "rows moved while they were frozen, in layer 0: give NeuronFreezer every optimizer"
@@ -386,6 +388,27 @@ def test_averaged_weights_that_stay_are_found_one_update_later(net):
         freezer.update()
 
 
+def test_rows_that_moved_are_found_though_each_update_is_during_a_swap(net):
+    optimizer = sgd(net.parameters())
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    freezer = neq.NeuronFreezer(net, optimizer, More())
+
+    def epoch():
+        train(net, optimizer)
+        average.update_parameters(net)
+        swap("copied data", net, average)
+        try:
+            freezer.update()
+        finally:
+            swap("copied data", net, average)
+
+    for _ in range(4):
+        epoch()
+    net[0].weight.data[0] += 1
+    with pytest.raises(ValueError, match=MOVED):
+        epoch()
+
+
 @pytest.mark.parametrize("part", [lambda net: net, lambda net: net[0]], ids=["model", "layer"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_loaded_weights_have_not_moved(net, part, plain):
@@ -430,25 +453,35 @@ def test_other_models_in_the_process_do_not_matter(net):
 
 def test_a_freezer_that_is_gone_watches_nobody(net):
     gc.collect()
-    hooks = optimizer_hooks
-    count = len(hooks)
+    count, hooks = len(_records), len(optimizer_hooks)
     freezer = freezer_of(net, sgd(net.parameters()))
-    assert len(hooks) == count + 1
+    assert len(_records) == count + 1
     freezer.remove()
-    assert len(hooks) == count
+    assert len(_records) == count
     other = copy.deepcopy(net)
     forgotten = weakref.ref(freezer_of(other, sgd(other.parameters())))
     del other
     gc.collect()
     assert forgotten() is None
-    assert len(hooks) == count
+    assert len(_records) == count
+    assert len(optimizer_hooks) == hooks
+
+
+def test_a_freezer_may_be_collected_during_a_step_of_another_optimizer(net):
+    other = copy.deepcopy(net)
+    freezer_of(other, sgd(other.parameters()))
+    optimizer = sgd(net.parameters())
+    del other
+    handle = register_optimizer_step_pre_hook(lambda *_: (gc.collect(), None)[1])
+    try:
+        train(net, optimizer)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 2, 3, 8])
 def test_each_change_of_a_value_changes_a_row_s_fingerprint(dtype, width):
-    from neq.moved import fingerprints
-
     torch.manual_seed(0)
     weight, rows = torch.randn(20, width, 2).to(dtype), torch.arange(0, 20, 2)
     prints = fingerprints(weight, rows)
@@ -456,8 +489,8 @@ def test_each_change_of_a_value_changes_a_row_s_fingerprint(dtype, width):
     for first in range(width):
         for second in range(first + 1):
             changed = weight.clone()
-            changed[:, first] *= -1
-            changed[:, second, 0] *= -1
+            changed[:, first, 1] *= -1
+            changed[:, second, 0 if first == second else 1] *= -1
             assert (fingerprints(changed, rows) != prints).all()
     zeros = torch.zeros(3, width, dtype=dtype)
     assert torch.equal(fingerprints(zeros, rows[:1]), fingerprints(-zeros, rows[:1]))
