@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neq.calls import Arguments, Run, changed, tensors
 from neq.evaluation import full_precision
-from neq.positions import LEFT_IN, LEFT_OUT, masks_of
+from neq.positions import LEFT_IN, LEFT_OUT, flat_mask, masks_of
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -51,6 +51,20 @@ def read_batch(batch: Any, device: torch.device, forward: Forward | None = None)
             "mapping of the model's arguments; forward=… says how the model is called with others"
         )
     return Batch(run=_Default(call, rest), samples=_samples(masks or inputs), masks=masks)
+
+
+def masks_of_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> tuple[Tensor, ...]:
+    """The masks among the arguments of a call of `model`, those in mappings included."""
+    try:
+        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # they misfit, or it has no signature
+        named = dict(kwargs)
+    found: dict[Any, Any] = {}
+    for part in named.values():
+        found.update(part if isinstance(part, Mapping) else {})
+    return masks_of(found | named, device)
 
 
 def check_batches(batches: Any) -> None:
@@ -138,8 +152,8 @@ class _Default:
     def _check(self, model: nn.Module) -> None:
         """Raises ValueError where a mask that leaves positions out would be dropped."""
         shapes = [argument.shape[:2] for argument in self.call.args if argument.dim() > 1]
-        masks = [x for x in self.rest if isinstance(x, Tensor) and x.shape in shapes]
-        if not any(_leaves_out(mask) for mask in masks):
+        parts = [flat_mask(part) for part in self.rest if isinstance(part, Tensor)]
+        if not any(part.shape in shapes and _leaves_out(part) for part in parts):
             return
         try:
             names = inspect.signature(model.forward).parameters
@@ -155,6 +169,11 @@ class _Default:
 
 
 def _leaves_out(mask: Tensor) -> bool:
-    """Whether it holds zeros and ones, and nothing else."""
+    """Whether it has zeros and ones, as bools, or as integers with all padding on one side."""
     zeros, ones = mask == 0, mask == 1
-    return bool(zeros.any()) and bool(ones.any()) and bool((zeros | ones).all())
+    if not (bool(zeros.any()) and bool(ones.any()) and bool((zeros | ones).all())):
+        return False
+    if mask.is_floating_point():
+        return False
+    steps = mask.int().diff(dim=1)
+    return mask.dtype == torch.bool or bool((steps <= 0).all()) or bool((steps >= 0).all())

@@ -5,21 +5,23 @@ equation 2). Nothing is stored between epochs but last epoch's parameters and bu
 run on each batch and per-neuron sums are accumulated in float64.
 """
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from neq.batches import Batch, Forward, read_batch
+from neq.batches import Batch, Forward, masks_of_call, read_batch
 from neq.cka import CkaSums
 from neq.evaluation import Hook, State, arguments, evaluation, hooked, run_with, state_of
+from neq.moved import listed
 from neq.neurons import Layer, NeuronIndex
 from neq.parallel import add_up
-from neq.positions import by_sample
+from neq.positions import by_sample, unmatched
 
 CHUNK = 2**22  # elements of an output that are compared in float64 at a time
 
@@ -96,12 +98,12 @@ def phi(
     neq.batches; positions that a mask leaves out don't count. The model's training modes, buffers
     and every global random stream are left as they were. `cka` is given the same outputs.
 
-    Raises ValueError where `batches` is empty, TypeError for what is no batch, or does not fit the
-    model.
+    Raises ValueError where `batches` is empty or `forward` calls no layer of the model,
+    TypeError for what is no batch, or does not fit the model.
     """
     device = next(model.parameters()).device
     outputs = _OutputSums(neurons, similarity, cka)
-    with evaluation(model, device), outputs.hooks():
+    with evaluation(model, device), outputs.hooks(model, device):
         for batch in batches:
             given = read_batch(batch, device, forward)
             if not given.samples:
@@ -111,7 +113,7 @@ def phi(
             outputs.recording = False
             run_with(model, arguments(model, state_of(model)), given.run)
             outputs.end()
-    return outputs.result(device)
+    return outputs.result(device, forward)
 
 
 class _OutputSums:
@@ -123,17 +125,31 @@ class _OutputSums:
         self.cka = cka
         self.batches = 0
         self.recording = True
+        self._given: Batch
         self._samples = 0
         self._masks: tuple[Tensor, ...] = ()
         self._before: dict[str, list[Tensor]] = {}
         self._batch: dict[str, Tensor] = {}
-        self._seen: dict[str, Tensor | None] = {}  # bool: which rows have a position that counts
+        self._seen: dict[str, Tensor] = {}  # bool: which rows have a position that counts
         self._total: dict[str, Tensor] = {}
         self._count: dict[str, int] = defaultdict(int)
         self._unmatched: set[str] = set()
+        self._padded: dict[str, None] = {}  # layers in which padding may count
 
-    def hooks(self) -> AbstractContextManager[None]:
-        return hooked((layer.module, self._hook(layer)) for layer in self.neurons.layers)
+    @contextmanager
+    def hooks(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        def called(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            masks = masks_of_call(model, args, kwargs, device)
+            samples = len(masks[0]) if masks else self._given.samples
+            self._samples, self._masks = samples, masks or self._given.masks
+
+        layers = ((layer.module, self._hook(layer)) for layer in self.neurons.layers)
+        handle = model.register_forward_pre_hook(called, with_kwargs=True)
+        try:
+            with hooked(layers):
+                yield
+        finally:
+            handle.remove()
 
     def _hook(self, layer: Layer) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -148,6 +164,7 @@ class _OutputSums:
     def begin(self, batch: Batch) -> None:
         self.batches += 1
         self.recording = True
+        self._given = batch
         self._samples, self._masks = batch.samples, batch.masks
         self._before, self._batch, self._seen = {}, {}, {}
 
@@ -161,11 +178,17 @@ class _OutputSums:
             self.cka.add(layer, before, output, self._samples, self._masks)
         name, how = layer.name, (layer.axis, self._samples, self._masks)
         (a, counts), (b, _) = by_sample(before, *how), by_sample(output, *how)
-        self._batch[name] = self._batch.get(name, 0.0) + _sums(a, b, counts)
-        seen, earlier = None if counts is None else counts.any(1), self._seen.get(name)
-        if name in self._seen:  # by an earlier call
-            seen = None if seen is None or earlier is None else seen | earlier
-        self._seen[name] = seen
+        sums = _sums(a, b, counts)
+        seen = torch.ones(len(a), dtype=torch.bool, device=a.device)
+        if counts is not None:
+            seen = counts.any(1)
+        elif name not in self._padded and unmatched(output, layer.axis, self._masks):
+            self._padded[name] = None
+        if name in self._seen:  # by an earlier call, which may be on other samples
+            same = len(seen) == len(self._seen[name])
+            sums = sums + self._batch[name] if same else torch.cat([self._batch[name], sums], 1)
+            seen = seen | self._seen[name] if same else torch.cat([self._seen[name], seen])
+        self._batch[name], self._seen[name] = sums, seen
 
     def _miss(self, layer: str) -> None:
         self._unmatched.add(layer)
@@ -178,13 +201,11 @@ class _OutputSums:
                 self._miss(name)
         for name, sums in self._batch.items():
             per_sample = sums if self.similarity == "dataset" else _cosine(sums).unsqueeze(0)
-            seen = self._seen[name]
-            if seen is not None:
-                per_sample = per_sample[:, seen]
+            per_sample = per_sample[:, self._seen[name]]
             self._total[name] = self._total.get(name, 0.0) + per_sample.sum(1)
             self._count[name] += per_sample.shape[1]
 
-    def result(self, device: torch.device) -> Tensor:
+    def result(self, device: torch.device, forward: Forward | None) -> Tensor:
         """Over the samples of all ranks: float64 [neurons]."""
         layers = self.neurons.layers
         sums = torch.zeros(3, len(self.neurons), dtype=torch.float64, device=device)
@@ -193,13 +214,22 @@ class _OutputSums:
                 total = self._total[layer.name]
                 sums[: len(total), layer.neurons] = total
         counts = [self._count[layer.name] for layer in layers]
-        unmatched = [int(layer.name in self._unmatched) for layer in layers]
-        seen = torch.tensor([*counts, *unmatched, self.batches], device=device)
+        missed = [int(layer.name in self._unmatched) for layer in layers]
+        called = len(self._total) + sum(missed)
+        seen = torch.tensor([*counts, *missed, called, self.batches], device=device)
         sums, seen = add_up(sums).cpu(), add_up(seen).cpu()
         if not seen[-1]:
             raise ValueError("the validation set is empty: phi needs at least one sample")
+        if forward is not None and not seen[-2]:
+            raise ValueError("forward= did not call the model that it was given")
+        if self._padded:
+            warnings.warn(
+                f"padding counts in {listed([*self._padded])}, whose outputs have other positions "
+                "than the masks of the batch",
+                stacklevel=5,
+            )
         sizes = torch.tensor([layer.size for layer in layers])
-        count, missing = seen[:-1].view(2, -1).repeat_interleave(sizes, 1)
+        count, missing = seen[:-2].view(2, -1).repeat_interleave(sizes, 1)
         values = _cosine(sums) if self.similarity == "dataset" else sums[0] / count
         return torch.where((count > 0) & (missing == 0), values, torch.nan)
 

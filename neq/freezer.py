@@ -116,7 +116,8 @@ class NeuronFreezer:
         `validation_batches`: input tensors [samples, …], mappings of the model's arguments, or
         tuples that begin with one of these, as a DataLoader yields them: the model is called with
         the tensor, or with the mapping's items by name. Positions that an `attention_mask` or
-        `key_padding_mask` [samples, positions] leaves out don't count. `forward(model, batch)`
+        `key_padding_mask` [samples, positions] leaves out don't count, whichever way the model is
+        given it; masks of the same samples and positions are combined. `forward(model, batch)`
         calls the model with batches of any other kind, which lie on its device. Batches are not
         looked at by a policy that needs no velocity, but for the first sample where it counts
         FLOPs; that is done on the CPU, in train mode. Where torch.distributed has several processes
@@ -182,15 +183,19 @@ class NeuronFreezer:
     def _count(self, batches: Iterable[Any], forward: Forward | None) -> Iterable[Any]:
         """Count what a backward costs; returns the batches, of which one has been looked at."""
         device = next(self._model.parameters()).device
-        mine = first = None
-        with evaluation(self._model, device):  # a DataLoader draws on the global random stream
-            rest = iter(batches)
-            for first in rest:
-                mine = few(first, 1, forward)
-                if mine is not None:
-                    break
+        mine = first = failed = None
+        rest: Iterable[Any] = ()
+        try:
+            with evaluation(self._model, device):  # a DataLoader draws on the global random stream
+                rest = iter(batches)
+                for first in rest:
+                    mine = few(first, 1, forward)
+                    if mine is not None:
+                        break
+        except Exception as error:  # the other ranks wait for this one: they are told of it
+            failed = error
         # A rank may have no sample of its own: all take that of the first one that has.
-        sample = first_given(mine, device)
+        sample = first_given(mine, device, failed)
         if sample is None:
             raise ValueError(
                 "the policy counts FLOPs, and needs one validation batch for its shape"

@@ -46,12 +46,21 @@ def largest(tensor: Tensor) -> list[int]:
     return found
 
 
-def first_given(value: Any, device: torch.device) -> Any:
-    """The value of the first rank whose own is not None; None where each is. It is pickled."""
+def first_given(value: Any, device: torch.device, error: Exception | None = None) -> Any:
+    """The value of the first rank whose own is not None; None where each is. It is pickled.
+
+    Raises `error`, which kept this rank from its value, and ValueError where another has one.
+    """
     if workers() == 1:
+        if error is not None:
+            raise error
         return value
     place = 0 if value is None else workers() - distributed.get_rank()
-    (found,) = largest(torch.tensor([place], device=device))
+    found, failed = largest(torch.tensor([place, int(error is not None)], device=device))
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("another process can't read its validation batches: see its error")
     held = [value]
     if found:
         distributed.broadcast_object_list(held, src=workers() - found, device=device)

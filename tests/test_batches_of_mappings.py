@@ -101,7 +101,7 @@ def test_a_sample_of_nothing_but_padding_is_none():
             )
         )
         assert torch.equal(some, all_but_one)
-    nobody = {"x": x, "attention_mask": torch.zeros(3, 5)}
+    nobody = {"x": x, "attention_mask": torch.zeros(3, 5).bool()}
     assert phi(model, before, [nobody], index, "sample", forward=forward).isnan().all()
 
 

@@ -46,7 +46,7 @@ def test_inputs_are_read_and_written(text, parts):
         ("", "give one sample's shape"),
         ("3x0", "give one sample's shape"),
         ("3,", "give one sample's shape"),
-        ("ids:int64:", "give one sample's shape"),
+        ("ids:int64:x", "give one sample's shape"),
         ("ids=int64", "give one sample's shape"),
         ("ids:int16:7", "'int16' is no dtype here; it is float32, int64, int32 or bool"),
         ("float64:7", "'float64' is no dtype here"),

@@ -42,9 +42,8 @@ class Input:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        shape = "x".join(map(str, self.shape))
-        words = [self.name, None if self.dtype == torch.float32 else dtype, shape]
-        return ":".join(word for word in words if word)
+        words = [self.name, None if self.dtype == torch.float32 and self.shape else dtype]
+        return ":".join([*filter(None, words), "x".join(map(str, self.shape))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +99,13 @@ def parse_inputs(text: str | None) -> Inputs:
 def _parsed(text: str, part: str) -> Input:
     *words, size = part.split(":")
     try:
-        shape = tuple(int(axis) for axis in size.split("x"))
+        shape = tuple(int(axis) for axis in size.split("x")) if size or not words else ()
     except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise UserError(f"--input {text}: give one sample's shape, such as {EXAMPLE}")
+        shape = (0,)
+    if min(shape, default=1) < 1:
+        raise UserError(
+            f"--input {text}: give one sample's shape, such as {EXAMPLE}; of one number: t:int64:"
+        )
     given: dict[str, Any] = {}
     if words and (words[-1] in DTYPES or len(words) > 1):
         given["dtype"] = _dtype(text, words.pop())
