@@ -29,6 +29,7 @@ from neq.timings import Timings
 
 # Names under which torch's optimizers keep their first moment (SGD, RMSprop; the Adam family).
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+NESTED = 3  # steps of one optimizer, each of which calls the next
 
 
 class NeuronFreezer:
@@ -102,6 +103,7 @@ class NeuronFreezer:
         self.reading = Reading.undefined(len(self.neurons))
         self.cka: Reading | None = None
         self._cka_flops = 0
+        self._fixed: Tensor | None = None  # when FLOPs were counted here
         self._warned = False
         if self._option("reading", "phi") == "cka":
             self.cka = Reading.undefined(len(self.neurons))
@@ -133,16 +135,22 @@ class NeuronFreezer:
         self._gradients.check_at_work()
         self._structure.check(by_name=self.policy.needs_velocity)
         self._record.check(self._gradients.trained)
-        if self._option("needs_flops", False) and self.neurons.flops is None:
+        if self._option("needs_flops", False) and self._is_uncounted():
             validation_batches = self._count(validation_batches, forward)
+        readings = self.reading, self.cka, self._cka_flops
         if self.policy.needs_velocity:
             broadcast_buffers(self._model)
             if self._before is not None:
                 self._read(self._before, validation_batches, forward)
+        try:
+            wanted, mask = self._decide().unbind()
+            self._freeze(mask)
+        except ValueError:  # once it is mended, this epoch is read again
+            self.reading, self.cka, self._cka_flops = readings
+            raise
+        if self.policy.needs_velocity:
             self._before = None  # let go of the old copy first: one at a time is enough memory
             self._before = snapshot(self._model)
-        wanted, mask = self._decide().unbind()
-        self._freeze(mask)
         self.moved = (wanted ^ mask).cpu()
         self.epoch += 1
 
@@ -180,6 +188,12 @@ class NeuronFreezer:
         self.cka = self.cka.advance(kappa, **how)
         self._cka_flops = sums.flops
 
+    def _is_uncounted(self) -> bool:
+        """Whether no FLOPs were counted, or not those of layers that were fixed then."""
+        then = self._fixed
+        freed = then is not None and bool((then & ~self.neurons.fixed).any())
+        return self.neurons.flops is None or freed
+
     def _count(self, batches: Iterable[Any], forward: Forward | None) -> Iterable[Any]:
         """Count what a backward costs; returns the batches, of which one has been looked at."""
         device = next(self._model.parameters()).device
@@ -201,6 +215,7 @@ class NeuronFreezer:
                 "the policy counts FLOPs, and needs one validation batch for its shape"
             )
         self.neurons.flops = RequiredFlops.count(self._model, sample, self.neurons, forward)
+        self._fixed = self.neurons.fixed
         self._check_policy()
         return rest if mine is None else chain([first], rest)
 
@@ -295,7 +310,9 @@ class NeuronFreezer:
             # gradient is None now may get one.
             frozen += self._gradients.wholly_frozen()
         kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen if p in held]
-        self._kept.setdefault(id(optimizer), []).append(kept)
+        steps = self._kept.setdefault(id(optimizer), [])
+        del steps[: max(len(steps) - NESTED, 0)]  # of steps that have failed
+        steps.append(kept)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -327,6 +344,8 @@ class NeuronFreezer:
             raise ValueError(
                 "the state belongs to a policy that reads something else than this one"
             )
+        self._structure.check(by_name=False)
+        self._check_held(self._checked(state["frozen"]) & self.neurons.freezable)
         device = next(self._model.parameters()).device
         self.epoch = state["epoch"]
         self.reading = Reading.of(state)
@@ -346,9 +365,9 @@ class NeuronFreezer:
         Layers have the classes that they were made with, and no hook or attribute of a freezer's.
         A backward inside gives each row its gradient; frozen rows stand still all the same, since
         a step clears their gradients and puts them back. Running statistics that are held move in
-        a forward in training mode. Afterwards everything is as before, what
-        torch.compile has compiled included. `update`, `freeze`, `load_state_dict`, `remove` and
-        another freezer for the model raise RuntimeError inside.
+        a forward in training mode, and weights that are written inside count as loaded. Afterwards
+        everything is as before, what torch.compile has compiled included. `update`, `freeze`,
+        `load_state_dict`, `remove` and another freezer for the model raise RuntimeError inside.
         """
         differing = self._record.layers_that_differ()
         try:

@@ -121,7 +121,7 @@ class SelectiveGradients:
             )
 
     def _rests(self) -> bool:
-        return any(is_resting(layer.module) for layer in self._layers)
+        return is_resting(self._layers[0].module)  # as all others of the model
 
     def _owns(self, place: int, wanted: bool) -> bool:
         """Whether the layer does what it is told here, and not by another freezer; where that is

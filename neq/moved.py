@@ -7,7 +7,7 @@ moved, and those of an average that has been swapped in will be swapped back: se
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
@@ -24,6 +24,7 @@ from neq.optimizers import parameters_of
 
 CHUNK = 2**18  # elements of a parameter that are looked at at a time
 SAMPLES = 3  # parameters whose rows that train tell whether all weights have been swapped
+ELEMENTS = 4096  # of each of them that are looked at, unless a single row has more
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -47,18 +48,33 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Sample:
-    """The `values` of a parameter after the last step."""
+    """The `values` of some `rows` of a `parameter` after the last step, which trained then."""
 
     parameter: Tensor
+    rows: Tensor
     values: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor, frozen: Tensor) -> Self:
+        """The first rows that are not `frozen`, bool [rows]."""
+        most = max(ELEMENTS * len(parameter) // max(parameter.numel(), 1), 1)
+        rows = (~frozen).nonzero().squeeze(1)[:most].to(parameter.device)
+        return cls(parameter=parameter, rows=rows, values=parameter.detach()[rows])
+
+    def taken(self) -> "_Sample":
+        """The same rows, as they are now."""
+        return replace(self, values=self.parameter.detach()[self.rows])
 
     def differs(self, frozen: Tensor) -> bool:
         """Whether a row that trains is another now; `frozen`: bool [rows]."""
         now, then = self.parameter.detach(), self.values
-        if (now.dtype, now.device, now.shape) != (then.dtype, then.device, then.shape):
+        if (now.dtype, now.device, now.shape[1:]) != (then.dtype, then.device, then.shape[1:]):
             return True
-        rows = (~frozen).nonzero().squeeze(1).to(now.device)
-        return not torch.equal(fingerprints(now, rows), fingerprints(then, rows))
+        rows = self.rows.cpu()
+        if len(frozen) <= int(rows.max()):
+            return True
+        trains = (~frozen[rows]).to(now.device)
+        return not torch.equal(now[self.rows][trains], then[trains])
 
 
 class Record:
@@ -74,7 +90,8 @@ class Record:
 
     def __init__(self, model: nn.Module, neurons: NeuronIndex, given: Iterable[Optimizer]) -> None:
         self._model, self._layers = model, neurons.layers
-        self._given = {id(optimizer) for optimizer in given}
+        self._optimizers = [*given]
+        self._given = {id(optimizer) for optimizer in self._optimizers}
         self._frozen: dict[Tensor, Tensor] = {}  # bool [rows] of each parameter with any
         self._rows: dict[Tensor, _Rows] = {}
         self._late: dict[Tensor, _Rows] = {}  # froze during a swap: fingerprints are still to come
@@ -99,7 +116,7 @@ class Record:
                 if parameter.requires_grad:
                     self._frozen[parameter] = mask
                     self._add(layer, parameter, before.get(parameter), swapped)
-        sample = [s for s in self._sample if not bool(self._mask(s.parameter).all())]
+        sample = [s for s in self._sample if not bool(self._mask(s.parameter)[s.rows.cpu()].all())]
         self._sample = sample or [*self._chosen()]
         self._choose, self._stepped = True, False
         self._others.clear()
@@ -168,21 +185,22 @@ class Record:
         if self._choose:
             self._choose, self._sample = False, [*self._chosen()]
             return
-        self._sample = [replace(s, values=s.parameter.detach().clone()) for s in self._sample]
+        self._sample = [sample.taken() for sample in self._sample]
 
     def _chosen(self) -> Iterator[_Sample]:
-        """The smallest parameters with rows that train, of several modules; where there are
-        gradients by now, of those that have some.
+        """Of the smallest parameters that the given optimizers step, with rows that train, of
+        several modules; where there are gradients by now, of those that have some.
         """
-        trains = [p for p in self._model.parameters() if p.requires_grad and p.dim()]
-        trains = [p for p in trains if not bool(self._mask(p).all())]
+        held = set(parameters_of(self._optimizers))
+        trains = [p for p in self._model.parameters() if p in held and p.requires_grad and p.dim()]
+        trains = [p for p in trains if p.numel() and not bool(self._mask(p).all())]
         among = {p for p in trains if p.grad is not None} or set(trains)
         found = []
         for module in self._model.modules():
             mine = [p for p in module.parameters(recurse=False) if p in among]
             found += [min(mine, key=Tensor.numel)] if mine else []
         for parameter in sorted(found, key=Tensor.numel)[:SAMPLES]:
-            yield _Sample(parameter=parameter, values=parameter.detach().clone())
+            yield _Sample.of(parameter, self._mask(parameter))
 
     def _mask(self, parameter: Tensor) -> Tensor:
         """Which of its rows are frozen: bool [rows]."""
@@ -273,7 +291,7 @@ def _joined(rows: _Rows, late: _Rows) -> _Rows:
 
 
 def _state(layer: Layer, parameter: Tensor) -> tuple[Any, ...]:
-    return changes(layer.module), parameter.dtype, parameter.device
+    return changes(layer.module), parameter.dtype, parameter.device, parameter.shape
 
 
 def _holds(rows: _Rows) -> bool:
@@ -286,7 +304,9 @@ def fingerprints(parameter: Tensor, rows: Tensor) -> Tensor:
 
     Their bits as integers, summed with weights by their places; −0.0 is 0.0. int64 [rows].
     """
-    width = max(parameter.numel() // max(len(parameter), 1), 1)
+    if not parameter.numel():
+        return torch.zeros_like(rows)
+    width = parameter.numel() // len(parameter)
     size = width * parameter.element_size()
     bits = torch.int64 if size % 8 == 0 else _INTEGERS[parameter.element_size()]
     weights, found = _weights(size // bits.itemsize, parameter.device), []
