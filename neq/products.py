@@ -27,6 +27,9 @@ def products_of(
     elif name in _MATRIX_PRODUCTS:
         flops = 2 * _MATRIX_PRODUCTS[name](node)
         pairs = [([source], flops) for source in operands[-2:]]
+    elif name == "AffineGridGenerator":
+        shape = _output_shape(node)
+        pairs = [(operands, 2 * prod(shape) * (len(shape) - 1))]
     elif name == "Convolution":
         flops = 2 * _convolution(node)
         pairs = [([source], flops) for source in operands[:2]]
@@ -74,6 +77,7 @@ _MATRIX_PRODUCTS: dict[str, Callable[[Any], int]] = {
     "Bmm": lambda n: _batched(n, "self", "mat2"),
     "Baddbmm": lambda n: _batched(n, "batch1", "batch2"),
     "Addbmm": lambda n: _summed(n),
+    "Addr": lambda n: prod(_output_shape(n)),
 }
 _VECTOR_PRODUCTS: dict[str, Callable[[Any], int]] = {
     "Mv": lambda n: n._saved_self.numel(),

@@ -13,7 +13,6 @@ from harness.commands.flops import count
 from harness.errors import UserError
 from harness.flops.subject import subject
 from harness.run.preflight import preflight
-from harness.run.routes import check_routes
 from harness.run.trials import specs
 from harness.storage.locations import StorageError, open_location
 from harness.storage.store import Store
@@ -162,61 +161,6 @@ def test_the_model_of_a_method_is_looked_at_as_the_suite_s(made):
     preflight(group(folder, "baseline,smaller"))  # dense FLOPs differ, and may
 
 
-class Odd(nn.Module):
-    """Eight inputs, one linear layer, called as `how` says."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.layer, self.how = nn.Linear(8, 8), how
-
-    def forward(self, x):
-        return self.how(self.layer, x)
-
-
-RANDOM = {
-    "torch": lambda layer, x: layer(x) if torch.rand(()) < 0.5 else x,
-    "seldom": lambda layer, x: layer(x) if torch.rand(()) < 0.9 else x,
-    "twice": lambda layer, x: layer(layer(x) if torch.rand(()) < 0.5 else x),
-    "fewer rows": lambda layer, x: layer(x[: int(torch.randint(1, 3, ()))]),
-    "a product": lambda layer, x: layer(x) @ x.t() if torch.rand(()) < 0.5 else layer(x),
-}
-
-
-@pytest.mark.parametrize("how", RANDOM)
-def test_work_that_differs_by_chance_is_found(how):
-    model, state = Odd(RANDOM[how]), torch.get_rng_state()
-    with pytest.raises(UserError, match=r"layer was called|matrix products differ"):
-        check_routes(model, (8,))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def _needs_values(layer, x):
-    y = layer(x)
-    assert float(y.abs().sum()) > 0
-    return y
-
-
-STEADY = {
-    "dropout": lambda layer, x: nn.functional.dropout(layer(x)),
-    "drop path": lambda layer, x: x + layer(x) * (torch.rand(len(x), 1) < 0.5),
-    "an activation": lambda layer, x: layer(x).relu() if torch.rand(()) < 0.5 else layer(x),
-    "no zeros": _needs_values,
-    "checkpointed": lambda layer, x: torch.utils.checkpoint.checkpoint(
-        layer, x, use_reentrant=True
-    ),
-}
-
-
-@pytest.mark.parametrize("how", STEADY)
-def test_chance_that_changes_no_work_is_none(how):
-    model = Odd(STEADY[how])
-    before = [p.clone() for p in model.parameters()]
-    check_routes(model, (8,))
-    assert all(map(torch.equal, before, model.parameters()))
-    assert model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
 # Seeds that begin alike
 
 ALIKE = {
@@ -297,8 +241,16 @@ def test_weights_that_the_suite_gives_are_meant_to_be_alike(made, tmp_path, seed
     folder = made(f"{seeding or 'pass'}\n    return Net(width)", model=f'weights = "{path}"')
     torch.save(build_model("parts:model", folder, {}).state_dict(), path)
     preflight(group(folder), said.append)
-    assert len(said) == bool(seeding)
-    assert all("what model.weights does not fill begins alike" in line for line in said)
+    assert said == []
+
+
+def test_constants_of_a_builder_that_seeds_itself_may_be_meant(made):
+    """Nothing is drawn that the seeding could hold back."""
+    folder, said = made(f"torch.manual_seed(0)\n    {WARNED['constants']}    return net"), []
+    preflight(group(folder), said.append)
+    (line,) = said
+    assert "gives all seeds the same first weights" in line
+    assert "sets the seed itself" not in line
 
 
 # What no count holds
@@ -387,14 +339,51 @@ def test_a_mask_of_one_s_own_does_not_freeze_what_is_fixed(made, tmp_path):
         assert {r[f"backward_flops_{name}"] for r in rows} == {head}
 
 
+ALL_BUT_THE_HEAD = (
+    "net = Net(width)\n    net.requires_grad_(False)\n    net.head.requires_grad_()\n    return net"
+)
+WHY = "that the model does not fix itself (requires_grad=False)"
+
+
 def test_doctor_says_why_no_neuron_may_freeze(made):
-    folder = made(
-        "net = Net(width)\n    net.requires_grad_(False)\n    net.head.requires_grad_()\n"
-        "    return net"
-    )
-    *_, last = examine_suite(str(folder), [])
+    *_, last = examine_suite(str(made(ALL_BUT_THE_HEAD)), [])
     assert last.what == "the methods"
-    assert "that the model does not fix itself (requires_grad=False)" in last.wrong
+    assert "no neuron may freeze: model.exclude names every supported layer" in last.wrong
+    assert WHY in last.wrong
+
+
+def test_run_says_it_before_it_trains(made, neqbench, tmp_path):
+    folder, results = made(ALL_BUT_THE_HEAD), tmp_path / "results"
+    done = neqbench("run", folder, "--results", results, "--executor", "inline")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "suite noticed: no neuron may freeze: " in line
+    assert line.endswith(WHY)
+    assert not list(results.glob("*/trials/*"))
+
+
+def test_run_says_it_where_every_layer_is_excluded(made):
+    settings = ['model.exclude=["conv", "blocks", "head"]']
+    with pytest.raises(UserError, match=r"no neuron may freeze: .* every supported layer$"):
+        preflight(specs(str(made("return Net(width)")), settings, "baseline,neq", "0"))
+
+
+@pytest.mark.parametrize("methods", ["baseline", "baseline,one-shot"])
+def test_who_freezes_nothing_may_train_what_can_t_freeze(made, methods):
+    preflight(group(made(ALL_BUT_THE_HEAD, methods="one-shot = { sparsity = 0.5 }"), methods))
+
+
+def test_plain_training_without_a_layer_to_count_is_told(made, neqbench, tmp_path):
+    """Nothing but an activation trains: the dense backward has no FLOPs."""
+    folder = made(
+        "net = Net(width)\n    net.requires_grad_(False)\n"
+        "    net.head = nn.Sequential(net.head, nn.PReLU())\n    return net"
+    )
+    words = ("--results", tmp_path / "results", "--executor", "inline", "--no-replay")
+    done = neqbench("run", folder, "--methods", "baseline", "--seeds", "0", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    counted = json.loads(neqbench("flops", folder, "--format", "json").stdout)
+    assert counted["backward"]["dense"] == 0
 
 
 # oneDNN's narrow 1 × 1 convolutions

@@ -141,3 +141,17 @@ def test_nothing_is_said_where_none_is_fixed_or_known(tmp_path, fixed, known):
     report = report_of(tmp_path)
     assert row(report, "baseline").savings.fixed == known
     assert "requires_grad" not in said(report)
+
+
+@pytest.mark.parametrize("method", ["smaller", "lobster"])
+def test_shares_of_no_flops_are_none(tmp_path, method):
+    """As where every layer is fixed, or left out."""
+    for name in ("baseline", method):
+        store(tmp_path, name, range(2), dense=0, executed=0, overhead=0)
+    report = report_of(tmp_path)
+    plain = row(report, "baseline").savings
+    assert (plain.saved, plain.saved_required, plain.executed_share) == (0, 0, 0)
+    assert (plain.required_share, plain.overhead_share) == (0, 0)
+    shown = {r.label: (r.saved, r.share) for r in report.groups[0].phases[0].methods}
+    assert shown["baseline"] == (0, 0)
+    assert "baseline" in said(report)

@@ -224,11 +224,6 @@ class _Patient:
     def the_methods(self) -> None:
         trials = specs(self._path, self._settings, ",".join(self.suite.methods), "0")
         preflight.check_methods(trials.groups()[0], self.model, self.subject.costs)
-        if not bool(self.subject.freezable.any()):
-            why = "model.exclude names every supported layer"
-            if bool(self.subject.costs.neurons.fixed.any()):
-                why += " that the model does not fix itself (requires_grad=False)"
-            raise UserError(f"no neuron may freeze: {why}")
 
     def the_accounting(self) -> None:
         check_routes(self.model, self.suite.model.input)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.flops.oracle import backward_flops_by_torch, forward_flops_by_torch
-from harness.flops.recomputed import COMPILED
 from harness.flops.subject import Subject
 from neq.required import BATCH
 
@@ -49,9 +48,7 @@ class Counted:
     @property
     def uncounted(self) -> list[str]:
         """What multiplies and is in no count."""
-        costs = self.subject.costs
-        compiled = [COMPILED] if self.compiled and costs.checkpointed else []
-        return sorted({*costs.uncounted, *compiled})
+        return self.subject.costs.left_out(compiled=self.compiled)
 
     def _forwards(self) -> dict[str, dict[str, int]]:
         """Counted and measured, over a batch; a product that no output depends on is done, too."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import neq
+from harness.flops.backwards import Backwards
 from harness.flops.executed import Executed
 from harness.flops.forwards import Forwards
 from harness.flops.functions import Functions
@@ -121,6 +122,13 @@ class Costs:
         self._paper_elsewhere = 2 * (train.rule - in_layers)
         self.uncounted, self.foreign = sorted(forwards.names), forwards.foreign
 
+    def compare(self, seen: Backwards) -> None:
+        """Name what `seen`, a backward with nothing frozen, did in which these counts are wrong."""
+        state = self._state(torch.zeros(len(self.neurons), dtype=torch.bool), None)
+        kept = sum((self._of(cost, state) for cost in self._layers), self._elsewhere(state))
+        self.uncounted = sorted({*self.uncounted, *seen.differences(kept.executed)})
+        self.foreign |= seen.opened
+
     def _of_layer(self, name: str) -> tuple[Call, ...]:
         return tuple(call for call in self._calls if call.layer == name)
 
@@ -156,10 +164,10 @@ class Costs:
         """What policies ask that hold the backward to a share of its FLOPs."""
         return neq.RequiredFlops(self.neurons, self._graph, self._numbers)
 
-    @property
-    def checkpointed(self) -> bool:
-        """Whether a backward does parts of the forward once more."""
-        return self._recomputed is not None
+    def left_out(self, *, compiled: bool) -> list[str]:
+        """`uncounted`, and what else is not where the backward is `compiled`."""
+        chosen = [COMPILED] if compiled and self._recomputed is not None else []
+        return sorted({*self.uncounted, *chosen})
 
     @property
     def execution_order(self) -> list[str]:
@@ -288,7 +296,7 @@ def count_costs(
     forward over `BATCH` samples, on the CPU. `unpublished`: names of layers, or
     dotted prefixes, that the published count leaves out. What a model does once per batch, whatever
     its size, is charged to the samples of a batch of two. Random streams are left as they were.
-    Raises whatever the model raises on such an input.
+    Raises ValueError where it returns no tensor, and whatever it raises on such an input.
     """
     compiled = is_compiled(model)
     model = copy.deepcopy(unwrapped(model)).cpu().float()
@@ -303,16 +311,21 @@ def count_costs(
     model.zero_grad()
     with uncompiled():
         functions, train = Functions(model), Executed(example)
+        seen = Backwards(train)
         with torch.random.fork_rng([]):
-            graph = trace(model.train(), train, neurons, numbers, functions)
-        by_layer = ForwardCounts(model, example, neurons)
+            graph = trace(model.train(), seen.forward, neurons, numbers, functions)
+            seen.backward(model, known=bool(functions.names | train.names))
+        with torch.enable_grad():
+            by_layer = ForwardCounts(model, example, neurons)
         evaluation = Executed(example)
         with torch.random.fork_rng([]), torch.no_grad(), unfused():
             evaluation(model.eval())
-        deciding = ForwardCounts(model, example, neurons)
+            deciding = ForwardCounts(model, example, neurons)
     if graph.checkpointed and compiled:
         functions.names.add(COMPILED)
     pairs = (train, by_layer), (evaluation, deciding)
     forwards = Forwards(*pairs, functions.names, functions.opened)
     recomputed = Recomputed(model, example, neurons) if graph.checkpointed else None
-    return Costs(neurons, graph, by_layer, forwards, numbers, unpublished, recomputed)
+    costs = Costs(neurons, graph, by_layer, forwards, numbers, unpublished, recomputed)
+    costs.compare(seen)
+    return costs

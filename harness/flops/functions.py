@@ -58,7 +58,7 @@ class Functions:
         before = node.needs_input_grad
         wanted = {places[i] for i in subset}
         node.needs_input_grad = tuple(place in wanted for place in range(len(before)))
-        gradients = [torch.zeros(m.shape, dtype=m.dtype) for m in node._input_metadata]
+        gradients = [torch.ones(m.shape, dtype=m.dtype) for m in node._input_metadata]
         try:
             with torch.no_grad(), Products() as products:
                 node.apply(*gradients)

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a forward, from fvcore: two of its rules replaced, three added."""
+"""Multiply-accumulates of a forward, from fvcore: three of its rules replaced, three added."""
 
 import logging
 from collections import Counter
@@ -72,6 +72,7 @@ def _fvcore(model: nn.Module, call: Arguments) -> tuple[dict[str, Counter[str]],
     analysis.set_op_handle("aten::_convolution_mode", _convolution_mode)
     analysis.set_op_handle("aten::baddbmm", _baddbmm)
     analysis.set_op_handle("aten::matmul", _matmul)
+    analysis.set_op_handle("aten::linear", _linear)
     analysis.set_op_handle("aten::einsum", _einsum)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
@@ -119,6 +120,12 @@ def _attention(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
 def _matmul(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     """fvcore's own handle knows no vectors and no batch on the right alone."""
     return Counter(matmul=prod(_shape(outputs[0])) * _shape(inputs[0])[-1])
+
+
+def _linear(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:
+    """fvcore's own handle knows no weight of one dimension, which is one row."""
+    weight = _shape(inputs[1])
+    return Counter(linear=prod(_shape(inputs[0])) * prod(weight[:-1]))
 
 
 def _einsum(inputs: list[Any], _outputs: list[Any]) -> Counter[str]:

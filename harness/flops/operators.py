@@ -45,6 +45,9 @@ def added_rules() -> dict[Any, Callable[..., int]]:
         aten.dot: lambda left, _right, **_: 2 * prod(left),
         aten.vdot: lambda left, _right, **_: 2 * prod(left),
         aten.addbmm: lambda _self, left, right, **_: 2 * prod(left) * right[-1],
+        aten.affine_grid_generator: lambda theta, *_, out_shape, **__: (
+            2 * prod(out_shape) * theta[-1]
+        ),
         aten._addmm_activation: lambda _self, left, right, **_: 2 * prod(left) * right[-1],
     }
     return rules | _OF_TENSORS

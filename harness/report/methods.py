@@ -31,7 +31,7 @@ from harness.report.method_row import (
     ShorterBaseline,
 )
 from harness.report.noticed import one_run
-from harness.report.per_trial import COUNTS, Labels, by_seed
+from harness.report.per_trial import COUNTS, Labels, by_seed, over
 from harness.report.removed import removed_of
 from harness.report.replayed import TIMING, replays_of
 from harness.suite.method_specs import KINDS, kind_of, told
@@ -155,20 +155,16 @@ def _savings(rows: pd.DataFrame) -> Savings:
         effective_parameters=left if math.isfinite(left) else None,
         fixed=fixed if math.isfinite(fixed) else None,
         **means,
-        paper_share=_over(means["paper"], paper_dense),
-        required_share=_over(means["required"], means["dense"]),
-        executed_share=_over(means["executed"], means["dense"]),
-        overhead_share=_over(means["overhead"], means["dense"]),
+        paper_share=over(means["paper"], paper_dense),
+        required_share=over(means["required"], means["dense"]),
+        executed_share=over(means["executed"], means["dense"]),
+        overhead_share=over(means["overhead"], means["dense"]),
     )
 
 
 def _pruned(rows: pd.DataFrame) -> Pruned:
     means = rows[[part.name for part in fields(Pruned)]].mean(skipna=False).items()
     return Pruned(**{str(name): float(mean) for name, mean in means if math.isfinite(mean)})
-
-
-def _over(value: float, whole: float) -> float:
-    return value / whole if whole else math.nan
 
 
 def _ends(name: str, found: Interval | None) -> dict[str, Any]:

@@ -102,14 +102,24 @@ def _with_shares(trials: pd.DataFrame) -> pd.DataFrame:
     spent = trials["executed"] + trials["overhead"]
     required = trials["required"] + trials["overhead"]
     shares = {
-        "saved": 1 - spent / trials["dense"],
-        "saved_required": 1 - required / trials["dense"],
-        "saved_paper": 1 - trials["paper"] / trials["paper_dense"],
+        "saved": _saved(spent, trials["dense"]),
+        "saved_required": _saved(required, trials["dense"]),
+        "saved_paper": _saved(trials["paper"], trials["paper_dense"]),
         "spent": (trials["forward"] + spent) / (forward + trials["dense"]),
     }
     saves = trials["size"].isna()
     masked = {name: share.where(saves) for name, share in shares.items()}
     return trials.assign(training_cost=shares["spent"].where(~saves), **masked)
+
+
+def _saved(spent: "pd.Series[float]", dense: "pd.Series[float]") -> "pd.Series[float]":
+    """A share of `dense`; where that is 0, nothing."""
+    return (1 - spent / dense).mask(dense.eq(0) & spent.notna(), 0.0)
+
+
+def over(part: float, whole: float) -> float:
+    """The share that the part is of the whole; where that is 0, so is the share."""
+    return part / whole if whole else 0.0 * part  # what is unknown (NaN) remains so
 
 
 def _with_pruned(trials: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.report.per_trial import over
 from harness.suite.config import PLATEAU
 
 MOST = 6  # phases; a schedule with more drops is a smooth one, and is cut into thirds
@@ -111,7 +112,7 @@ def _row(
         label=label,
         metric=metric,
         gained=metric - before[label] if label in before else None,
-        saved=less / whole,
-        share=less / float(dense.sum()),
+        saved=over(less, whole),
+        share=over(less, float(dense.sum())),
         frozen=float(part["frozen"].mean()),
     )

@@ -24,19 +24,22 @@ STREAMS: dict[str, Callable[[], Any]] = {
 
 def check_beginnings(parts: Model, build: Callable[[], nn.Module]) -> str:
     """A line where all seeds begin alike, or partly so, for a reason that may be meant; empty where
-    they don't.
+    they don't, and where the suite gives the weights.
 
     `parts`: the suite's model table; `build()`: its model, before `parts.weights` are loaded.
-    Raises UserError where the seeds begin alike since the builder seeds the global streams itself.
+    Raises UserError where weights are drawn, and all seeds begin alike since the builder seeds the
+    global streams itself.
     """
+    if parts.weights:
+        return ""
     first, second = (_begun(build, seed) for seed in (0, 1))
     seeding = [name for name in STREAMS if equal(first.streams[name], second.streams[name])]
     others = second.weights
     alike = [n for n, one in first.weights.items() if n in others and torch.equal(one, others[n])]
     whole = len(alike) == len(first.weights)
     drawn = [name for name in alike if not _constant(first.weights[name])]
-    if not seeding:
-        if not whole or parts.weights:
+    if not seeding or not drawn:
+        if not whole:
             return ""
         return (
             f"{parts.build!r} gives all seeds the same first weights; where they are not meant to "
@@ -44,13 +47,12 @@ def check_beginnings(parts: Model, build: Callable[[], nn.Module]) -> str:
             "or Python's global streams, which are seeded"
         )
     sets = f"{parts.build!r} sets the seed itself ({', '.join(seeding)})"
-    if whole and not parts.weights:
+    if whole:
         raise UserError(
             f"{sets}, so that all seeds begin with the same weights; leave that out: the streams "
             "are seeded before each model is built"
         )
-    what = "what model.weights does not fill" if parts.weights else drawn and drawn[0]
-    return f"{sets}: {what} begins alike for all seeds; leave that out" if drawn else ""
+    return f"{sets}: {drawn[0]} begins alike for all seeds; leave that out"
 
 
 def _constant(weight: Tensor) -> bool:

@@ -62,7 +62,7 @@ def preflight(trials: Sequence[TrialSpec], warn: Warn = lambda text: None) -> Da
         for trial in _each_method(trials):
             if trial.method_spec.model_changes:
                 other, counted = _other_model(trial)
-                _tell_uncounted(f"suite {suite.name}: method {trial.method}", counted, warn)
+                _tell_uncounted(suite, f": method {trial.method}", counted, warn)
                 check_outputs(suite, task, other, samples, data.labels())
                 check_analysis(suite, folder, task, other, data, samples)
         if suite.resources.world_size > 1:
@@ -86,13 +86,14 @@ def check_model(
         raise UserError(f"suite {suite.name}: {error}") from None
     if alike:
         warn(f"suite {suite.name}: {alike}")
-    _tell_uncounted(f"suite {suite.name}", costs, warn)
+    _tell_uncounted(suite, "", costs, warn)
 
 
-def _tell_uncounted(where: str, costs: Costs, warn: Warn) -> None:
-    if costs.uncounted:
+def _tell_uncounted(suite: Suite, where: str, costs: Costs, warn: Warn) -> None:
+    uncounted = costs.left_out(compiled=suite.recipe.compile)
+    if uncounted:
         warn(
-            f"{where}: the FLOPs of {', '.join(costs.uncounted)} are in no count: "
+            f"suite {suite.name}{where}: the FLOPs of {', '.join(uncounted)} are in no count: "
             "what is saved is told without them"
         )
 
@@ -114,7 +115,8 @@ def check_size(suite: Suite, data: Dataset) -> None:
 
 def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -> None:
     """Raises UserError where a method, the optimizer or the schedule does not fit the model, and
-    for what is wrong in a method of the user's own.
+    for what is wrong in a method of the user's own, and where no neuron may freeze for one of
+    neqbench's.
     """
     for trial in _each_method(trials):
         suite = trial.trained_suite
@@ -128,8 +130,19 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
                 rehearse(trial, SAMPLES * parallel.workers())
             else:
                 build(trial, _untrained(suite, mine, optimizer, counted))
+                if trial.method_spec.may_freeze:
+                    _check_freezable(suite, counted)
         except UserError as error:
             raise UserError(f"suite {suite.name}: {error}") from None
+
+
+def _check_freezable(suite: Suite, costs: Costs) -> None:
+    fixed = costs.neurons.fixed
+    if not bool((costs.called & ~costs.neurons.select(suite.model.exclude) & ~fixed).any()):
+        why = "model.exclude names every supported layer"
+        if bool(fixed.any()):
+            why += " that the model does not fix itself (requires_grad=False)"
+        raise UserError(f"no neuron may freeze: {why}")
 
 
 def _each_method(trials: Sequence[TrialSpec]) -> list[TrialSpec]:

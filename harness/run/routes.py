@@ -1,6 +1,8 @@
 """Whether each forward of a model does the same work: no layer may be left out at random."""
 
 import copy
+import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,8 +22,12 @@ from neq.evaluation import uncompiled
 from neq.neurons import unwrapped
 from neq.required import BATCH
 
-LEAST, MOST = 12, 32  # forwards
-LARGE = 2 * 10**11  # FLOPs of all forwards, above which fewer have to do
+LEAST, MOST = 12, 128  # forwards
+FEWEST = 4  # where products are computed, which may take long
+# FLOPs and seconds of all forwards, above which fewer have to do.
+LARGE = 2 * 10**11
+SECONDS = 3.0
+FIRST = 4377  # seed; first draws of the MOST after it come within 0.005 of both 0 and 1
 
 
 def check_routes(model: nn.Module, shape: Sequence[int]) -> None:
@@ -56,22 +62,23 @@ def check_routes(model: nn.Module, shape: Sequence[int]) -> None:
 @dataclass(slots=True)
 class _Work:
     """What a forward did: calls of modules with parameters of their own, by name; FLOPs of the
-    products, by operator.
+    products, by operator; how many operators that took.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     products: Counter[str] = field(default_factory=Counter)
+    operators: int = field(default=0, compare=False)
+    multiplied: int = field(default=0, compare=False)  # products among the operators
 
 
 def _works(model: nn.Module, inputs: Tensor) -> list[_Work]:
     """The work of some forwards, each with random streams of its own."""
-    copied = copy.deepcopy(unwrapped(model)).cpu().float().train()
     try:
-        return _repeated(copied, inputs, computed=False)
+        return _repeated(model, inputs, computed=False)
     except Exception:
-        pass  # there are models that do not run on zeros
+        pass  # there are models that do not run on zeros, or do other work
     try:
-        return _repeated(copied, inputs, computed=True)
+        return _repeated(model, inputs, computed=True)
     except Exception as error:
         raise UserError(
             f"the model runs, but not in every forward in train mode: {with_origin(error)}"
@@ -79,23 +86,44 @@ def _works(model: nn.Module, inputs: Tensor) -> list[_Work]:
 
 
 def _repeated(model: nn.Module, inputs: Tensor, *, computed: bool) -> list[_Work]:
-    first = _of_one(model, inputs, 0, computed)  # it may make what the others find
+    copied = copy.deepcopy(unwrapped(model)).cpu().float().train()
+    first = _of_one(copied, inputs, FIRST, None, True)  # it may make what the others find
     forwards = min(max(LARGE // max(first.products.total(), 1), LEAST), MOST)
-    return [_of_one(model, inputs, 1 + number, computed) for number in range(forwards)]
+    least = FEWEST if computed else LEAST
+    works: list[_Work] = []
+    end = time.monotonic() + SECONDS
+    while len(works) < least or (len(works) < forwards and time.monotonic() < end):
+        works.append(_of_one(copied, inputs, FIRST + 1 + len(works), first, computed))
+    if not computed and works[0] != first and all(work == works[0] for work in works):
+        raise _OtherWorkError  # what is done depends on values
+    return works
 
 
-def _of_one(model: nn.Module, inputs: Tensor, number: int, computed: bool) -> _Work:
+class _OtherWorkError(Exception):
+    """A forward does not do the work of the first one, which was computed."""
+
+
+def _of_one(
+    model: nn.Module, inputs: Tensor, number: int, first: _Work | None, computed: bool
+) -> _Work:
+    """`first`: the work of another forward; far more is not done to its end. Raises _OtherWorkError
+    where it was to be, with products that are not computed.
+    """
     work = _Work()
     with (
         warnings.catch_warnings(),
         uncompiled(),
         seeded(number, "routes"),
         _watched(model, work),
-        _Products(work, computed=computed),
+        _Products(work, first, computed=computed),
         torch.no_grad(),
     ):
         warnings.simplefilter("ignore")  # the count has said them
-        model(inputs.clone())
+        try:
+            model(inputs.clone())
+        except _OtherWorkError:
+            if not computed:
+                raise
     return work
 
 
@@ -116,19 +144,32 @@ def _watched(model: nn.Module, work: _Work) -> Iterator[None]:
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the products of a forward; unless they are `computed`, zeros take their place, which
     makes a forward of a large model a matter of moments.
+
+    A loop that waits for a value may never end on zeros: far more than the work of the `first`
+    forward raises _OtherWorkError.
     """
 
-    def __init__(self, work: _Work, *, computed: bool) -> None:
+    def __init__(self, work: _Work, first: _Work | None, *, computed: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._work, self._computed = work, computed
+        self._operators = self._multiplied = math.inf
+        if first is not None:
+            self._multiplied = 4 * first.multiplied + 100
+            if not computed:
+                self._operators = 4 * first.operators + 100
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         rule = flop_registry.get(func._overloadpacket)
+        work = self._work
+        work.operators += 1
+        work.multiplied += rule is not None
+        if work.operators > self._operators or work.multiplied > self._multiplied:
+            raise _OtherWorkError
         if rule is None:
             return func(*args, **named)
         found = func(*args, **named) if self._computed else _zeros(func, args, named)
-        self._work.products[str(func)] += rule(*args, **named, out_val=found)
+        work.products[str(func)] += rule(*args, **named, out_val=found)
         return found
 
 
