@@ -48,33 +48,34 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Sample:
-    """The `values` of some `rows` of a `parameter` after the last step, which trained then."""
+    """The `values` of some `rows` of a `parameter` after the last step; one of them trained then.
+
+    A slice: an index would have to be brought to the device in a step, which would wait for it.
+    """
 
     parameter: Tensor
-    rows: Tensor
+    rows: slice
     values: Tensor
 
     @classmethod
     def of(cls, parameter: Tensor, frozen: Tensor) -> Self:
-        """The first rows that are not `frozen`, bool [rows]."""
-        most = max(ELEMENTS * len(parameter) // max(parameter.numel(), 1), 1)
-        rows = (~frozen).nonzero().squeeze(1)[:most].to(parameter.device)
-        return cls(parameter=parameter, rows=rows, values=parameter.detach()[rows])
+        """From the first row on that is not `frozen`, bool [rows]."""
+        most = max(ELEMENTS * len(parameter) // parameter.numel(), 1)
+        first = int((~frozen).nonzero()[0])
+        rows = slice(first, first + most)
+        return cls(parameter=parameter, rows=rows, values=parameter.detach()[rows].clone())
 
     def taken(self) -> "_Sample":
         """The same rows, as they are now."""
-        return replace(self, values=self.parameter.detach()[self.rows])
+        return replace(self, values=self.parameter.detach()[self.rows].clone())
 
     def differs(self, frozen: Tensor) -> bool:
         """Whether a row that trains is another now; `frozen`: bool [rows]."""
-        now, then = self.parameter.detach(), self.values
-        if (now.dtype, now.device, now.shape[1:]) != (then.dtype, then.device, then.shape[1:]):
+        now, then = self.parameter.detach()[self.rows], self.values
+        if (now.dtype, now.device, now.shape) != (then.dtype, then.device, then.shape):
             return True
-        rows = self.rows.cpu()
-        if len(frozen) <= int(rows.max()):
-            return True
-        trains = (~frozen[rows]).to(now.device)
-        return not torch.equal(now[self.rows][trains], then[trains])
+        trains = (~frozen[self.rows]).to(now.device)
+        return not torch.equal(now[trains], then[trains])
 
 
 class Record:
@@ -116,7 +117,7 @@ class Record:
                 if parameter.requires_grad:
                     self._frozen[parameter] = mask
                     self._add(layer, parameter, before.get(parameter), swapped)
-        sample = [s for s in self._sample if not bool(self._mask(s.parameter)[s.rows.cpu()].all())]
+        sample = [s for s in self._sample if not bool(self._mask(s.parameter)[s.rows].all())]
         self._sample = sample or [*self._chosen()]
         self._choose, self._stepped = True, False
         self._others.clear()
