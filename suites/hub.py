@@ -180,8 +180,8 @@ def rows(file: Path, usual: str) -> Iterator[pa.RecordBatch]:
         for batch in parquet.iter_batches(ROWS, columns=[image, label]):
             encoded, labels = batch.column(image), _whole(file, label, batch.column(label))
             if pa.types.is_struct(encoded.type):
-                encoded = pc.struct_field(encoded, "bytes")
-                if len(encoded) and encoded.null_count == len(encoded):
+                pictures, encoded = encoded, pc.struct_field(encoded, "bytes")
+                if encoded.null_count == len(encoded) and _has_paths(pictures):
                     raise UserError(_paths_alone(file, image))
             if encoded.null_count or labels.null_count:
                 raise ValueError("rows without the bytes of an image, or without a label")
@@ -200,6 +200,12 @@ def _whole(file: Path, name: str, labels: pa.Array) -> pa.Array:
             f"{file}: {name} ({labels.type}) holds what is no whole number ({one_line(error)}); "
             "number the classes from 0 on"
         ) from None
+
+
+def _has_paths(pictures: pa.StructArray) -> bool:
+    if _field(pictures.type, "path") is None:
+        return False
+    return bool(pc.struct_field(pictures, "path").null_count < len(pictures))
 
 
 def _paths_alone(file: Path, name: str) -> str:
