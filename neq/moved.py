@@ -158,7 +158,7 @@ class Record:
         if not found:
             return
         names = list(dict.fromkeys(rows.layer.name for rows in found))
-        self._rows = {p: rows for p, rows in self._rows.items() if rows.layer.name not in names}
+        self.forget(names)
         raise ValueError(
             f"rows moved while they were frozen, in {listed(names)}: give NeuronFreezer every "
             "optimizer that steps, as a list, and make a new freezer where one is rebuilt"
