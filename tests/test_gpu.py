@@ -104,6 +104,7 @@ def test_frozen_rows_keep_their_bits_and_the_others_move(net, optimizer, precisi
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's own, before its first one
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("gradient", ["exact", "cut"])
 def test_compiled_layers_do_what_eager_ones_do(net, gradient, mode, exact):
