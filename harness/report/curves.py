@@ -51,9 +51,8 @@ def curves(tables: list[GroupTable]) -> Iterator[Curve]:
     """All curves that there are in these groups."""
     for table in tables:
         yield from _within(table)
-    for _, groups in groupby(tables, key=lambda table: table.suite):
-        for swept in sweeps(list(groups)):
-            yield from _across(swept)
+    for swept in every_sweep(tables):
+        yield from _across(swept)
 
 
 def _within(table: GroupTable) -> Iterator[Curve]:
@@ -71,11 +70,12 @@ def _swept(parameters: list[dict[str, Any]]) -> list[str]:
     return [
         key
         for key in parameters[0]
-        if all(_is_number(p.get(key)) for p in parameters) and len({p[key] for p in parameters}) > 1
+        if all(is_number(p.get(key)) for p in parameters) and len({p[key] for p in parameters}) > 1
     ]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether an axis can have the value in its place; True and False are words."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -91,6 +91,12 @@ def _lines(family: str, rows: list[MethodRow], parameter: str) -> dict[str, list
         label = " ".join([family, *(f"{key}={row.parameters[key]}" for key in others)])
         lines.setdefault(label, []).append(CurvePoint(float(row.parameters[parameter]), row))
     return lines
+
+
+def every_sweep(tables: list[GroupTable]) -> Iterator[Sweep]:
+    """The sweeps of all suites that these groups are of."""
+    for _, groups in groupby(tables, key=lambda table: table.suite):
+        yield from sweeps(list(groups))
 
 
 def sweeps(tables: list[GroupTable]) -> Iterator[Sweep]:
@@ -123,7 +129,7 @@ def _across(sweep: Sweep) -> Iterator[Curve]:
     """A curve for each axis of a sweep over experiments."""
     for axis in sweep[0][0]:
         values = list(dict.fromkeys(point[axis] for point, _ in sweep))
-        numeric = all(map(_is_number, values))
+        numeric = all(map(is_number, values))
         positions = {value: value if numeric else position for position, value in enumerate(values)}
         lines: dict[str, list[CurvePoint]] = {}
         for point, table in sorted(sweep, key=lambda pair: float(positions[pair[0][axis]])):

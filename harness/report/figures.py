@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from harness.report.curves import curves
+from harness.report.curves import curves, every_sweep
 from harness.report.group_figures import group_pictures
 from harness.report.layers import layer_pictures
 from harness.report.method_row import MethodRow
@@ -24,10 +24,12 @@ from harness.report.style import (
     Picture,
     from_zero,
     legend,
+    look_closer,
     looks,
     plain_name,
     style,
 )
+from harness.report.sweep_courses import course_pictures
 from harness.report.sweep_figures import sweep_picture
 from harness.report.words import flops_unit
 
@@ -40,6 +42,8 @@ def pictures(report: Report) -> Iterator[Picture]:
         shown = [table for table in report.groups if _shown(table)]
         for position, table in enumerate(shown[:DRAWN]):
             yield from _of_group(table, report, detailed=position < DETAILED)
+        for sweep in every_sweep(report.groups):
+            yield from course_pictures(sweep, report)
         for curve in curves(report.groups):
             yield sweep_picture(curve)
 
@@ -125,7 +129,7 @@ def _courses(
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes[0].set_ylim(-0.03, 1.05)
     from_zero(axes[1], spread["flops", "max"])
-    _look_closer(axes[2], joined)
+    look_closer(axes[2], joined)
     axes[3].set_xlabel("epoch")
     legend(figure, axes[0])
     figure.align_ylabels()
@@ -149,14 +153,6 @@ def _rates(axis: Axes, table: GroupTable, joined: pd.DataFrame) -> None:
         axis.step(lr.index, lr, where="post", color=BASELINE)
     if (lr > 0).all() and lr.max() > 5 * lr.min():
         axis.set_yscale("log")
-
-
-def _look_closer(axis: Axes, joined: pd.DataFrame) -> None:
-    """Past the first fifth of the epochs, when differences begin to show."""
-    later = joined.loc[joined["epoch"] >= joined["epoch"].max() / 5, "test_metric"]
-    low, high = later.quantile(0.01), later.max()
-    if high > low:
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _traded(table: GroupTable) -> list[MethodRow]:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -86,12 +87,18 @@ def with_labels(done: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
     return mine.assign(frozen=mine["frozen_neurons"] / mine["total_neurons"])
 
 
+def drops(lr: list[float]) -> list[int]:
+    """The epochs before which the learning rate falls to half or less; none where it falls
+    otherwise.
+    """
+    found = [e for e in range(1, len(lr)) if lr[e] <= 0.5 * lr[e - 1]]
+    falls = sum(after < before for before, after in pairwise(lr))
+    return found if len(found) < MOST and falls <= 2 * len(found) else []
+
+
 def _bounds(lr: list[float]) -> list[tuple[int, int]]:
-    count = len(lr)
-    drops = [e for e in range(1, count) if lr[e] <= 0.5 * lr[e - 1]]
-    falls = sum(lr[e] < lr[e - 1] for e in range(1, count))
-    by_drops = drops and len(drops) < MOST and falls <= 2 * len(drops)
-    starts = [0, *drops] if by_drops else sorted({0, count // 3, 2 * count // 3})
+    count, found = len(lr), drops(lr)
+    starts = [0, *found] if found else sorted({0, count // 3, 2 * count // 3})
     return [(start, end - 1) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 

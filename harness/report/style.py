@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -85,11 +86,26 @@ def from_zero(axis: Axes, values: Iterable[float]) -> None:
     axis.set_ylim(0, 1.08 * max(filter(math.isfinite, values), default=1.0) or 1)
 
 
+def look_closer(axis: Axes, rows: pd.DataFrame) -> None:
+    """Let the vertical axis hold what the metric is past the first fifth of the epochs, when
+    differences begin to show. `rows`: of trials, an epoch each.
+    """
+    later = rows.loc[rows["epoch"] >= rows["epoch"].max() / 5, "test_metric"]
+    low, high = later.quantile(0.01), later.max()
+    if high > low:
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
 def legend(figure: Figure, axis: Axes) -> None:
     """Draw the legend of `axis` above the figure, in as many columns as there is room for."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = max(1, int(15 * WIDTH / (max(map(len, labels), default=1) + 6)))
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels) or 1))
+    columns = min(columns_of(labels), len(labels) or 1)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def columns_of(labels: Iterable[str]) -> int:
+    """How many columns of a legend with these labels there is room for."""
+    return max(1, int(15 * WIDTH / (max(map(len, labels), default=1) + 6)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
