@@ -57,6 +57,7 @@ class RunOptions(TrialOptions):
 
     Afterwards their masks are replayed for `replay_seconds` a group, unless `no_replay`, and what
     pruning left dead is removed; `save_shrunk`: the smaller networks are kept with the results.
+    `log`: places where what trials have committed is logged, too.
     """
 
     retry_failed: Annotated[
@@ -72,12 +73,17 @@ class RunOptions(TrialOptions):
         bool,
         typer.Option("--save-shrunk", help="Keep pruned networks without what is dead."),
     ] = False
+    log: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLACE", help="tensorboard:FOLDER, mlflow:URI, wandb[:offline]."),
+    ] = None
 
     def words(self) -> list[str]:
         """The options as words of a command line, without the suite."""
         given = {"--methods": self.methods, "--seeds": self.seeds}
         words = [word for name, value in given.items() if value for word in (name, value)]
         words += [word for setting in self.settings or () for word in ("--set", setting)]
+        words += [word for place in self.log or () for word in ("--log", place)]
         words += ["--synthetic"] * self.synthetic + ["--retry-failed"] * self.retry_failed
         words += ["--no-replay"] * self.no_replay + ["--save-shrunk"] * self.save_shrunk
         if self.replay_seconds != REPLAY_SECONDS:

@@ -16,6 +16,7 @@ from harness.console import progress_line
 from harness.errors import UserError
 from harness.run.afterwards import Work
 from harness.run.executors import Executor, Inline, Ray
+from harness.run.logs import Logs, check_places
 from harness.run.preflight import preflight
 from harness.run.removals import Removals
 from harness.run.replays import Replays
@@ -38,6 +39,7 @@ def run(options: RunOptions, executor: str, address: str | None, console: Consol
             f"--replay-seconds {options.replay_seconds:g}: must be above 0; --no-replay leaves "
             "replays out"
         )
+    check_places(options.log or ())
     with _terminable():
         trials = options.trials()
         if parallel.launched() == 1:
@@ -86,8 +88,13 @@ def _run(options: RunOptions, trials: Trials, executor: Executor, console: Conso
         for group in groups:
             preflight(group, lambda text: warnings.update({text: None}))
         for text in warnings:
-            console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
-        failed += _execute(executor, todo, count["done"], root, console)
+            _warn(console, text)
+    places = (options.log or []) if parallel.leads() else []
+    with contextlib.closing(Logs(places, store, lambda text: _warn(console, text))) as logs:
+        for trial, spec in zip(known, trials, strict=True) if places else ():
+            logs.follow(spec, ended=trial.state == "done")
+        if parallel.shared(len(todo)):
+            failed += _execute(executor, todo, count["done"], root, console, logs)
     if parallel.workers() == 1:
         if not options.no_replay:
             _afterwards(Replays(options.replay_seconds), executor, groups, root, console)
@@ -106,8 +113,17 @@ def _afterwards(
                 console.print(Text(told.text, style="" if told.well else "yellow"), soft_wrap=True)
 
 
+def _warn(console: Console, text: str) -> None:
+    console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+
+
 def _execute(
-    executor: Executor, todo: Sequence[TrialSpec], done: int, root: str, console: Console
+    executor: Executor,
+    todo: Sequence[TrialSpec],
+    done: int,
+    root: str,
+    console: Console,
+    logs: Logs,
 ) -> int:
     with (
         Progress(console, done, len(todo)) as progress,
@@ -115,6 +131,7 @@ def _execute(
     ):
         for spec, event in events:
             progress.follow(spec, event)
+            logs.follow(spec, ended=event is None)
     return len(progress.failures)
 
 

@@ -1,0 +1,65 @@
+"""Runs of MLflow: on a server, in a database or in a folder."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from neq.integrations import missing
+
+# A server that does not answer is asked seven times by default, for minutes.
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+try:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+except ImportError as error:
+    raise missing("mlflow", "mlflow") from error
+
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it tells of new tables
+RUN = "neq.run"  # the tag by which a run is found again
+MOST = 1000  # metrics, or 100 parameters, of one request
+LONGEST = 500  # characters of a parameter's value, by MLflow's older servers
+
+
+class _Run:
+    def __init__(self, client: Any, name: str, config: Mapping[str, Any], project: str) -> None:
+        self._client = client
+        found = client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else client.create_experiment(project)
+        quoted = name.replace("'", "").replace('"', "")
+        runs = client.search_runs([experiment], f"tags.`{RUN}` = '{quoted}'")
+        run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN: quoted})
+        self._id, self._metrics = run.info.run_id, list(run.data.metrics)
+        if runs:
+            client.update_run(self._id, status="RUNNING")
+        known = run.data.params
+        new = [Param(n, str(v)[:LONGEST]) for n, v in config.items() if n not in known]
+        for first in range(0, len(new), 100):
+            client.log_batch(self._id, params=new[first : first + 100])
+
+    def read(self) -> Iterator[tuple[str, int, float | None]]:
+        for name in self._metrics:
+            for metric in self._client.get_metric_history(self._id, name):
+                yield name, metric.step, metric.value
+
+    def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        metrics = [Metric(name, value, now, epoch) for name, value in values.items()]
+        for first in range(0, len(metrics), MOST):
+            self._client.log_batch(self._id, metrics=metrics[first : first + MOST])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def open_place(uri: str, run: str, config: Mapping[str, Any], project: str) -> _Run:
+    """The run called `run` in the experiment `project`."""
+    return _Run(MlflowClient(tracking_uri=uri), run, config, project)

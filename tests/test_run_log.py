@@ -1,0 +1,177 @@
+"""`neqbench run --log`: each committed epoch is in the log once, whoever was killed meanwhile."""
+
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pandas as pd
+import psutil
+import pytest
+from mlflow import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trials import SMALL, small, wait_for
+
+from harness.errors import UserError
+from harness.run.logs import AGAIN, COLUMNS, Logs, check_places
+from harness.storage.store import Store
+
+pytestmark = [  # of the packages, about each other
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning")
+]
+SETTINGS = [word for setting in SMALL for word in ("--set", setting)]
+RUN = ["run", "digits", *SETTINGS, "--methods", "baseline,neq", "--seeds", "0", "--no-replay"]
+
+
+def places(folder):
+    # No database: MLflow takes seconds to make one, of which a killed driver leaves a part.
+    uris = f"tensorboard:{folder}/board", f"mlflow:{folder}/runs"
+    return [word for uri in uris for word in ("--log", uri)]
+
+
+def killed(words, ready):
+    """A run whose driver is killed, with all that it has started, as soon as it is `ready`."""
+    command = [sys.executable, "-m", "harness", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: process.poll() is not None or ready())
+    assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *children):
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def in_board(folder, name):
+    """By method: [(epoch, value)]."""
+    found = {}
+    for run in (folder / "board" / "digits").iterdir():
+        seen = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        found[run.name.partition("-")[0]] = [(e.step, e.value) for e in seen.Scalars(name)]
+    return found
+
+
+def in_mlflow(folder, name):
+    client = MlflowClient(tracking_uri=f"{folder}/runs")
+    experiment = client.get_experiment_by_name("neqbench-digits").experiment_id
+    return {
+        run.data.params["method"]: [
+            (m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)
+        ]
+        for run in client.search_runs([experiment])
+    }
+
+
+def assert_logged(folder, root):
+    """Each value of the published tables is there once, and nothing else."""
+    epochs = pd.read_parquet(root / "digits" / "epochs")
+    layers = pd.read_parquet(root / "digits" / "layers")
+    epochs["frozen"] = epochs["frozen_neurons"] / epochs["total_neurons"]
+    names = COLUMNS | {"frozen": "frozen"}
+    for read in (in_board, in_mlflow):
+        for name, column in names.items():
+            for method, rows in epochs.groupby("method"):
+                expected = zip(rows["epoch"], rows[column], strict=True)
+                wanted = [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in expected]
+                assert sorted(read(folder, name)[method]) == wanted
+                assert len(wanted) == 5
+        rows = layers[(layers["method"] == "neq") & (layers["layer"] == "fc")]
+        shares = list(zip(rows["epoch"], rows["frozen"] / rows["neurons"], strict=True))
+        assert sorted(read(folder, "frozen_by_layer/fc")["neq"]) == shares
+    assert layers["frozen"].any()
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_a_killed_driver_neither_doubles_nor_loses_an_epoch(executor, tmp_path, neqbench):
+    root, log = tmp_path / "results", places(tmp_path)
+    words = [*RUN, "--executor", executor, "--results", root, *log]
+    rows = root / "digits" / "epochs"
+    killed(words, lambda: sum(len(pd.read_parquet(p)) for p in rows.glob("[!.]*.parquet")) > 3)
+    before = [len(course) for course in in_board(tmp_path, "metric").values()]
+    assert 0 < sum(before) < 10
+    for _ in range(2):  # and once more, where all is done
+        done = neqbench(*RUN, "--executor", "inline", "--results", root, *log)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stdout
+    assert_logged(tmp_path, root)
+
+
+def test_what_is_done_already_is_logged_afterwards(tmp_path, neqbench):
+    root = tmp_path / "results"
+    words = [*RUN, "--executor", "inline", "--results", root]
+    assert neqbench(*words).returncode == 0
+    assert neqbench(*words, *places(tmp_path)).returncode == 0
+    assert_logged(tmp_path, root)
+
+
+def test_a_server_that_does_not_answer_costs_one_warning(tmp_path, neqbench):
+    words = [*RUN, "--executor", "inline", "--results", tmp_path / "results"]
+    done = neqbench(*words, "--log", "mlflow:http://127.0.0.1:9", *places(tmp_path))
+    assert done.returncode == 0
+    assert done.stdout.count("warning:") == 1
+    (line,) = [line for line in done.stdout.splitlines() if "warning:" in line]
+    assert "mlflow:http://127.0.0.1:9 is not written to any more" in line
+    assert line.endswith(AGAIN)
+    assert_logged(tmp_path, tmp_path / "results")
+
+
+def test_a_place_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    """The clock is made to run: nothing is timed."""
+    from threading import Event
+
+    told, begun, never = [], Event(), Event()
+
+    def hang(*_):
+        begun.set()
+        never.wait()
+
+    store = Store(tmp_path, "digits")
+    monkeypatch.setattr("harness.run.logs.PATIENCE", 0.0)
+    logs = Logs(["tensorboard:x"], store, told.append)
+    monkeypatch.setattr(store, "epochs", hang)
+    logs.follow(small("baseline"))
+    begun.wait()
+    logs.close()
+    assert told == [f"the log is not complete: tensorboard:x take long; {AGAIN}"]
+    never.set()
+
+
+def test_results_that_were_computed_anew_are_told(tmp_path, neqbench):
+    words = [*RUN, "--executor", "inline", *places(tmp_path)]
+    assert neqbench(*words, "--results", tmp_path / "one").returncode == 0
+    rows = tmp_path / "one" / "digits" / "epochs"
+    for path in rows.glob("*.parquet"):
+        table = pd.read_parquet(path)
+        assert "warning" not in neqbench(*words, "--results", tmp_path / "one").stdout
+    from trials import altered
+
+    for key in [path.stem for path in rows.glob("*.parquet")][:1]:
+        altered(tmp_path / "one", key, "epochs", "train_loss", table["train_loss"][0] + 1)
+    done = neqbench(*words, "--results", tmp_path / "one")
+    assert "holds other numbers of digits/" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        (
+            "tensorboard",
+            "'tensorboard' is no place to log to: write tensorboard:FOLDER",
+        ),
+        ("files:x", "'files:x' is no place to log to"),
+        ("tensorboard:/proc/nothing", "/proc/nothing can't be written"),
+    ],
+)
+def test_wrong_places_are_told_before_the_first_trial(place, message, tmp_path, neqbench):
+    done = neqbench(*RUN, "--results", tmp_path / "results", "--log", place)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --log: {message}")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_package_that_is_missing_is_told(monkeypatch):
+    monkeypatch.delitem(sys.modules, "neq.integrations.to_wandb", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"--log: wandb is not installed: pip install 'neqbench"):
+        check_places(["wandb"])
