@@ -4,15 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.flops.counted import FlopCount, count_flops
     from harness.storage.frames import Results, load_results
     from harness.train.pays import pays
+    from harness.train.proof import Proof, VerificationError, verify
 
-__all__ = ["Results", "load_results", "pays"]
+__all__ = [
+    "FlopCount",
+    "Proof",
+    "Results",
+    "VerificationError",
+    "count_flops",
+    "load_results",
+    "pays",
+    "verify",
+]
 
 _ROOMS = {
+    "FlopCount": "harness.flops.counted",
+    "Proof": "harness.train.proof",
     "Results": "harness.storage.frames",
+    "VerificationError": "harness.train.proof",
+    "count_flops": "harness.flops.counted",
     "load_results": "harness.storage.frames",
     "pays": "harness.train.pays",
+    "verify": "harness.train.proof",
 }
 
 

@@ -39,6 +39,19 @@ def table(*titles: str) -> Any:
     return made
 
 
+def as_text(*parts: Any) -> str:
+    """Rich tables and lines as text of 80 columns."""
+    from rich.console import Console
+
+    plain = Console(
+        width=80, color_system=None, force_terminal=False, highlight=False, markup=False
+    )
+    with plain.capture() as captured:
+        for part in parts:
+            plain.print(part, soft_wrap=isinstance(part, str))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
+
+
 def write_json(value: Any) -> None:
     """Print a plain value as JSON."""
     write(json.dumps(value, indent=2))

@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +125,21 @@ def uncompiled() -> Iterator[None]:
 
 
 @contextmanager
+def _unpatched(model: nn.Module) -> Iterator[None]:
+    """Inside, a model has the forward that it had before Accelerate put an autocast around it."""
+    both = {"forward", "_original_forward"}
+    patched = [vars(module) for module in model.modules() if both <= vars(module).keys()]
+    forwards = [attributes["forward"] for attributes in patched]
+    try:
+        for attributes in patched:
+            attributes["forward"] = attributes["_original_forward"]
+        yield
+    finally:
+        for attributes, forward in zip(patched, forwards, strict=True):
+            attributes["forward"] = forward
+
+
+@contextmanager
 def evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, plain float32, not compiled, and every random stream restored
     afterwards.
@@ -136,7 +151,10 @@ def evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         model.eval()
         half = torch.autocast(device.type, enabled=False)
-        with uncompiled(), torch.random.fork_rng(cuda), torch.no_grad(), half, _ieee(), unfused():
+        plain = uncompiled(), _unpatched(model), half, _ieee(), unfused()
+        with torch.random.fork_rng(cuda), torch.no_grad(), ExitStack() as stack:
+            for each in plain:
+                stack.enter_context(each)
             yield
     finally:
         for module, training in modes.items():

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -19,7 +20,7 @@ from neq.gradients import Gradient, LayerPlan, SelectiveGradients
 from neq.momentum import complete_momentum
 from neq.moved import Record, listed
 from neq.neurons import NeuronIndex, unwrapped
-from neq.optimizers import given, parameters_of
+from neq.optimizers import given, parameters_of, then
 from neq.parallel import broadcast, broadcast_buffers, first_given
 from neq.plain import plain
 from neq.policies import AtEquilibrium, Policy
@@ -94,7 +95,8 @@ class NeuronFreezer:
         # Of each step that is under way, by its optimizer: one may call another's, or its own.
         self._kept: dict[int, list[list[tuple[Tensor, Tensor, Tensor]]]] = {}
         # In a compiled step they would be compiled, too, and anew for each mask.
-        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        hooks: tuple[Any, ...] = (self._before_step, self._after_step, self._clear)
+        before, after, self._clear_again = map(torch.compiler.disable, hooks)
         self._hooks = [o.register_step_pre_hook(before) for o in self._optimizers]
         self._hooks += [o.register_step_post_hook(after) for o in self._optimizers]
         self.epoch = 0
@@ -229,6 +231,31 @@ class NeuronFreezer:
             check(self.neurons)
 
     @property
+    def model(self) -> nn.Module:
+        """The model whose neurons freeze, without what DistributedDataParallel or torch.compile has
+        put around it.
+        """
+        return self._model
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that step it, without their wrappers."""
+        return [*self._optimizers]
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, steps are tried: whoever tries them takes them back before the end. Afterwards
+        the freezer knows nothing of them. Raises ValueError where rows have moved while they were
+        frozen, as `update` does.
+        """
+        self._gradients.check_at_work()
+        trained = self._gradients.trained
+        with self._record.rehearsal():
+            self._record.check(trained)
+            yield
+        self._gradients.trained = trained
+
+    @property
     def cka_flops(self) -> int:
         """FLOPs of the products that the last `update` took for CKA, of all ranks."""
         return self._cka_flops
@@ -298,14 +325,12 @@ class NeuronFreezer:
                             moment.index_fill_(0, rows.to(moment.device), 0)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
         self._record.before_step(optimizer)
         held = set(parameters_of([optimizer]))
-        self._gradients.apply(held)
-        self._gradients.complete(held)
-        complete_momentum(optimizer)
+        self._clear(optimizer)
         frozen = [*self._gradients.partly_frozen()]
-        if len(arguments) > 1 or keywords:
+        if any(given is not None for given in (*arguments[1:], *keywords.values())):
             # A closure runs the backward again inside the step, after this: even a parameter whose
             # gradient is None now may get one.
             frozen += self._gradients.wholly_frozen()
@@ -313,6 +338,15 @@ class NeuronFreezer:
         steps = self._kept.setdefault(id(optimizer), [])
         del steps[: max(len(steps) - NESTED, 0)]  # of steps that have failed
         steps.append(kept)
+        return then(arguments, keywords, partial(self._clear_again, optimizer))
+
+    @torch.no_grad()
+    def _clear(self, optimizer: Optimizer) -> None:
+        """Leave no gradient to frozen rows that `optimizer` is about to step."""
+        held = set(parameters_of([optimizer]))
+        self._gradients.apply(held)
+        self._gradients.complete(held)
+        complete_momentum(optimizer)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:

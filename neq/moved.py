@@ -4,7 +4,9 @@ No copies are kept, but a fingerprint of each frozen row. Weights that are loade
 moved, and those of an average that has been swapped in will be swapped back: see Record.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Self
@@ -243,6 +245,16 @@ class Record:
             held = any(parameter in self._rows for parameter in parameters_of([optimizer]))
             self._others[id(optimizer)] = 0 if held else -1
         return self._others[id(optimizer)] >= 0
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What steps inside leave here is forgotten afterwards: they have been taken back."""
+        kinds = dict, list, set
+        before = {k: copy.copy(v) if isinstance(v, kinds) else v for k, v in vars(self).items()}
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def layers_that_differ(self) -> set[str]:
         """The layers with rows that are others now than when they were recorded."""

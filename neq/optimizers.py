@@ -1,6 +1,6 @@
 """The optimizers that a loop steps: taken out of their wrappers, and what they hold."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,3 +52,24 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             yield from group["params"]
+
+
+def then(
+    arguments: tuple[Any, ...], keywords: Mapping[str, Any], clear: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a step, the optimizer first, whose closure calls `clear` when it is done;
+    None where there is no closure.
+    """
+    optimizer, *rest = arguments
+    closure = rest[0] if rest else keywords.get("closure")
+    if not callable(closure):
+        return None
+
+    def cleared() -> Any:
+        loss = closure()
+        clear()
+        return loss
+
+    if rest:
+        return (optimizer, cleared, *rest[1:]), dict(keywords)
+    return (optimizer,), {**keywords, "closure": cleared}

@@ -77,6 +77,7 @@ def _fvcore(model: nn.Module, call: Arguments) -> tuple[dict[str, Counter[str]],
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    torch.clear_autocast_cache()  # a weight that was cast before would be a constant to the tracer
     try:
         with fork_rng([]), _seen_through():
             counted = dict(analysis.by_module_and_operator())
