@@ -111,6 +111,20 @@ def test_what_is_no_number_is_left_out(where):
     assert read(where, "loss") == [(2, 2.0)]
 
 
+def test_names_that_a_place_would_refuse(where):
+    """Too long for a folder, with characters that MLflow does not take; it ends with the key."""
+    logger = open_logger(where, f"{'x' * 300} (é) 'ab'", {"odd {x}(1)": 1}, warn=pytest.fail)
+    logger.log(0, {"loss, %": 1.0})
+    logger.close()
+
+
+def test_passwords_are_not_shown():
+    told = []
+    open_logger("mlflow:http://me:secret@127.0.0.1:9", warn=told.append)
+    assert "secret" not in told[0]
+    assert told[0].startswith("mlflow:http://127.0.0.1:9 can't")
+
+
 def test_runs_are_told_apart(tmp_path):
     where = f"mlflow:sqlite:///{tmp_path}/mlflow.db"
     for run in ("mine", "it's other"):
@@ -133,10 +147,10 @@ def test_a_place_that_fails_costs_one_warning(tmp_path):
     logger.log(0, {"loss": 1.0})
     logger.close()
     (text,) = told
-    assert text.startswith("mlflow:http://127.0.0.1:9 is not written to any more (Mlflow")
+    assert text.startswith("mlflow:http://127.0.0.1:9 can't be written to (Mlflow")
     assert "\n" not in text
     (tmp_path / "board").write_text("a file")
-    with pytest.warns(UserWarning, match="board is not written to any more"):
+    with pytest.warns(UserWarning, match="board can't be written to"):
         open_logger(f"tensorboard:{tmp_path}/board", "mine")
 
 
@@ -159,7 +173,7 @@ def test_what_is_no_place_is_told(where):
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file/board can't be written \(Not a directory\)"):
+    with pytest.raises(ValueError, match=r"file/board' can't be written \(Not a directory\)"):
         check_place(f"tensorboard:{tmp_path}/file/board")
 
 

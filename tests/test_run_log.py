@@ -4,17 +4,21 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from threading import Event
 
 import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trials import SMALL, small, wait_for
+from trials import PATIENCE, SMALL, small, wait_for
 
 from harness.errors import UserError
+from harness.run.events import Elsewhere, Held, Started
 from harness.run.logs import AGAIN, COLUMNS, Logs, check_places
+from harness.storage.schema import EpochRecord
 from harness.storage.store import Store
+from neq.integrations.loggers import Logger
 
 pytestmark = [  # of the packages, about each other
     pytest.mark.filterwarnings(f"ignore::{kind}")
@@ -111,45 +115,140 @@ def test_a_server_that_does_not_answer_costs_one_warning(tmp_path, neqbench):
     assert done.returncode == 0
     assert done.stdout.count("warning:") == 1
     (line,) = [line for line in done.stdout.splitlines() if "warning:" in line]
-    assert "mlflow:http://127.0.0.1:9 is not written to any more" in line
+    assert "mlflow:http://127.0.0.1:9 can't be written to" in line
     assert line.endswith(AGAIN)
     assert_logged(tmp_path, tmp_path / "results")
 
 
-def test_a_place_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
-    """The clock is made to run: nothing is timed."""
-    from threading import Event
+class Memory:
+    """A place that keeps what is written; `fails` is called before each write."""
 
-    told, begun, never = [], Event(), Event()
+    held = ()
 
-    def hang(*_):
+    def __init__(self, fails=lambda: None):
+        self.written, self.closed, self.fails = [], 0, fails
+
+    def read(self):
+        return iter(self.held)
+
+    def write(self, epoch, values):
+        self.fails()
+        self.written.append(epoch)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """Logs of one trial of six epochs to a place in memory; what the user is told."""
+    spec, store, told = small("baseline"), Store(tmp_path, "digits"), []
+    flops = {f"backward_flops_{name}": 1 for name in ("executed", "required", "dense")}
+    row = dict.fromkeys(COLUMNS.values(), 0.5) | flops | {"frozen_neurons": 1, "total_neurons": 2}
+    monkeypatch.setattr(store, "epochs", lambda key: [row | {"epoch": n} for n in range(6)])
+    monkeypatch.setattr(Logs, "_layers", lambda *_: {})
+
+    def make(place):
+        def opened(where, name, config, *, project, warn):
+            return Logger(where, lambda: place, warn)
+
+        monkeypatch.setattr("harness.run.logs.open_logger", opened)
+        return Logs(["here"], store, told.append), spec, told
+
+    return make
+
+
+def record(epoch):
+    fields = EpochRecord.__dataclass_fields__
+    return EpochRecord(**dict.fromkeys(fields, 0) | {"epoch": epoch})
+
+
+def test_a_place_that_hangs_is_not_waited_for(logs, monkeypatch):
+    begun, never = Event(), Event()
+
+    def hang():
         begun.set()
         never.wait()
 
-    store = Store(tmp_path, "digits")
+    made, spec, told = logs(Memory(hang))
     monkeypatch.setattr("harness.run.logs.PATIENCE", 0.0)
-    logs = Logs(["tensorboard:x"], store, told.append)
-    monkeypatch.setattr(store, "epochs", hang)
-    logs.follow(small("baseline"))
-    begun.wait()
-    logs.close()
-    assert told == [f"the log is not complete: tensorboard:x take long; {AGAIN}"]
+    with made:
+        made.fill(spec)
+        begun.wait()
+    assert told == [f"the log is not complete: here takes long; {AGAIN}"]
     never.set()
 
 
-def test_results_that_were_computed_anew_are_told(tmp_path, neqbench):
-    words = [*RUN, "--executor", "inline", *places(tmp_path)]
-    assert neqbench(*words, "--results", tmp_path / "one").returncode == 0
-    rows = tmp_path / "one" / "digits" / "epochs"
-    for path in rows.glob("*.parquet"):
-        table = pd.read_parquet(path)
-        assert "warning" not in neqbench(*words, "--results", tmp_path / "one").stdout
-    from trials import altered
+def test_a_run_that_is_broken_off_does_not_wait(logs, monkeypatch):
+    begun, never = Event(), Event()
 
-    for key in [path.stem for path in rows.glob("*.parquet")][:1]:
-        altered(tmp_path / "one", key, "epochs", "train_loss", table["train_loss"][0] + 1)
-    done = neqbench(*words, "--results", tmp_path / "one")
-    assert "holds other numbers of digits/" in done.stdout
+    def hang():
+        begun.set()
+        never.wait()
+
+    made, spec, told = logs(Memory(hang))
+    monkeypatch.setattr("harness.run.logs.HASTE", 0.0)
+
+    def broken_off():
+        with made:
+            made.fill(spec)
+            begun.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert not told
+    never.set()
+
+
+def test_a_place_that_fails_once_has_everything_in_the_end(logs):
+    errors = [ConnectionError("reset")]
+
+    def fails():
+        if len(place.written) == 2 and errors:
+            raise errors.pop()
+
+    place = Memory(fails)
+    made, spec, told = logs(place)
+    with made:
+        made.follow(spec, record(5))
+        made.follow(spec, None)
+        place.held = [("metric", 0, 0.5)]
+    assert [*dict.fromkeys(place.written)] == [0, 1, 2, 3, 4, 5]
+    assert told == [f"here can't be written to (ConnectionError: reset); {AGAIN}"]
+    assert place.closed == 1
+
+
+@pytest.mark.parametrize("event", [Held(), Elsewhere()])
+def test_a_trial_of_another_run_is_left_to_that(logs, event):
+    place = Memory()
+    made, spec, _ = logs(place)
+    with made:
+        made.follow(spec, Started())
+        made.follow(spec, event)
+        made.follow(spec, None)
+    assert not place.written
+
+
+def test_other_numbers_are_told_once(logs):
+    place = Memory()
+    place.held = [("loss/train", epoch, 0.7) for epoch in range(3)]
+    made, spec, told = logs(place)
+    with made:
+        for epoch in range(6):
+            made.follow(spec, record(epoch))
+    (text,) = told
+    assert text.startswith("here holds other numbers of digits/baseline seed 0 ")
+
+
+def test_two_drivers_write_each_epoch_once(tmp_path):
+    """One of them meets a trial that the other has, and goes on when that is done."""
+    root, log = tmp_path / "results", places(tmp_path)
+    words = map(str, [*RUN, "--executor", "inline", "--results", root, *log])
+    command = [sys.executable, "-m", "harness", *words]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(PATIENCE) for process in started] == [0, 0]
+    assert_logged(tmp_path, root)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +259,8 @@ def test_results_that_were_computed_anew_are_told(tmp_path, neqbench):
             "'tensorboard' is no place to log to: write tensorboard:FOLDER",
         ),
         ("files:x", "'files:x' is no place to log to"),
-        ("tensorboard:/proc/nothing", "/proc/nothing can't be written"),
+        ("tensorboard:/proc/nothing", "'tensorboard:/proc/nothing' can't be written"),
+        ("tensorboard:s3://bucket/x", "tensorboard:s3://bucket/x: name a folder"),
     ],
 )
 def test_wrong_places_are_told_before_the_first_trial(place, message, tmp_path, neqbench):

@@ -117,6 +117,10 @@ def test_what_can_not_be_submitted(tmp_path, neqbench):
     assert "SECRET" not in keys.stderr
     here = neqbench(*words, "results")
     assert "--results=results: every node of the cluster must see it" in here.stderr
+    log = neqbench(*words, tmp_path, "--log", "tensorboard:runs")
+    assert "--log tensorboard=runs: every node of the cluster must see it" in log.stderr
+    log = neqbench(*words, tmp_path, "--log", "mlflow:http://me:SECRET@host")
+    assert "set user and password on the cluster" in log.stderr
     other = neqbench(*words, "hdfs://x/y")
     assert "results lie in a folder" in other.stderr
     wrong = neqbench("submit", "digitz", *words[2:], tmp_path)

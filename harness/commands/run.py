@@ -39,9 +39,9 @@ def run(options: RunOptions, executor: str, address: str | None, console: Consol
             f"--replay-seconds {options.replay_seconds:g}: must be above 0; --no-replay leaves "
             "replays out"
         )
-    check_places(options.log or ())
     with _terminable():
         trials = options.trials()
+        check_places(options.log or () if parallel.leads() else ())
         if parallel.launched() == 1:
             return _run(options, trials, _executor(options, executor, address), console)
         gpu = torch.cuda.is_available() and trials[0].suite.resources.gpus != 0
@@ -90,9 +90,10 @@ def _run(options: RunOptions, trials: Trials, executor: Executor, console: Conso
         for text in warnings:
             _warn(console, text)
     places = (options.log or []) if parallel.leads() else []
-    with contextlib.closing(Logs(places, store, lambda text: _warn(console, text))) as logs:
+    with Logs(places, store, lambda text: _warn(console, text)) as logs:
         for trial, spec in zip(known, trials, strict=True) if places else ():
-            logs.follow(spec, ended=trial.state == "done")
+            if trial.state == "done":
+                logs.fill(spec)
         if parallel.shared(len(todo)):
             failed += _execute(executor, todo, count["done"], root, console, logs)
     if parallel.workers() == 1:
@@ -131,7 +132,7 @@ def _execute(
     ):
         for spec, event in events:
             progress.follow(spec, event)
-            logs.follow(spec, ended=event is None)
+            logs.follow(spec, event)
     return len(progress.failures)
 
 

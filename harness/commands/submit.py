@@ -82,6 +82,12 @@ def _check(options: RunOptions, address: str, suite: Suite) -> None:
         "--set data.root": data,
         "--set model.weights": "" if weights.partition(":")[0] in LIBRARIES else weights,
     }
+    for place in options.log or ():
+        kind, _, rest = place.partition(":")
+        if "@" in rest:
+            raise UserError("--log: a job shows its options; set user and password on the cluster")
+        if kind != "wandb" and not rest.startswith(("http://", "https://", "databricks")):
+            local[f"--log {kind}"] = rest.removeprefix("sqlite:///").removeprefix("file://")
     for name, value in local.items():
         if value and not Path(value).is_absolute():
             raise UserError(

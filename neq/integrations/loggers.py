@@ -1,6 +1,7 @@
 """A training in TensorBoard, MLflow or Weights & Biases, each value of each epoch once for ever."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
@@ -30,14 +31,15 @@ class Logger:
     """Writes the values of each epoch to one run, but what is there already.
 
     So a process that was killed and is started anew doubles nothing, and adds what is missing. A
-    place that fails costs one warning: from then on nothing is written to it.
+    place that fails costs one warning: from then on nothing is written to it. `failed`: whether it
+    has.
     """
 
     def __init__(
         self, where: str, open_place: Callable[[], Place], warn: Callable[[str], None]
     ) -> None:
         self._where, self._warn = where, warn
-        self._failed = False
+        self.failed = False
         self._known: dict[tuple[str, int], float | None] = {}
 
         def begin() -> None:
@@ -63,19 +65,18 @@ class Logger:
         return self._known.get((name, epoch))
 
     def close(self) -> None:
-        """Write down what is still in memory; nothing can be logged afterwards."""
+        """Write down what is still in memory: the last call."""
         self._tried(lambda: self._place.close())
-        self._failed = True
 
     def _tried(self, act: Callable[[], None]) -> bool:
-        if self._failed:
+        if self.failed:
             return False
         try:
             act()
         except Exception as error:
-            self._failed = True
+            self.failed = True
             text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self._warn(f"{self._where} is not written to any more ({text})")
+            self._warn(plainly(f"{self._where} can't be written to ({text})"))
             return False
         return True
 
@@ -109,7 +110,7 @@ def check_place(where: str) -> None:
     try:
         getattr(module, "check", str)(rest)
     except OSError as error:
-        raise ValueError(f"{rest} can't be written ({error.strerror})") from None
+        raise ValueError(f"{where!r} can't be written ({error.strerror})") from None
 
 
 def frozen_shares(freezer: NeuronFreezer) -> dict[str, float]:
@@ -125,6 +126,11 @@ def frozen_shares(freezer: NeuronFreezer) -> dict[str, float]:
 def by_layer(name: str) -> str:
     """What the frozen share of a layer is called; the model itself may be one."""
     return f"frozen_by_layer/{name or 'model'}"
+
+
+def plainly(text: str) -> str:
+    """`text` without the user and password of a URI."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _writer(where: str) -> tuple[Any, str]:

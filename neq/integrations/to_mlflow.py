@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from neq.integrations import missing
@@ -11,7 +13,7 @@ from neq.integrations import missing
 # A server that does not answer is asked seven times by default, for minutes.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_FILE_STORE": "true",
 }.items():
@@ -41,7 +43,8 @@ class _Run:
         if runs:
             client.update_run(self._id, status="RUNNING")
         known = run.data.params
-        new = [Param(n, str(v)[:LONGEST]) for n, v in config.items() if n not in known]
+        named = {_named(name): str(value)[:LONGEST] for name, value in config.items()}
+        new = [Param(name, value) for name, value in named.items() if name not in known]
         for first in range(0, len(new), 100):
             client.log_batch(self._id, params=new[first : first + 100])
 
@@ -52,7 +55,7 @@ class _Run:
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        metrics = [Metric(name, value, now, epoch) for name, value in values.items()]
+        metrics = [Metric(_named(name), value, now, epoch) for name, value in values.items()]
         for first in range(0, len(metrics), MOST):
             self._client.log_batch(self._id, metrics=metrics[first : first + MOST])
 
@@ -60,6 +63,12 @@ class _Run:
         self._client.set_terminated(self._id)
 
 
+def _named(name: str) -> str:
+    """With the characters that MLflow allows."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
 def open_place(uri: str, run: str, config: Mapping[str, Any], project: str) -> _Run:
     """The run called `run` in the experiment `project`."""
-    return _Run(MlflowClient(tracking_uri=uri), run, config, project)
+    local = str(Path(uri).expanduser()) if uri.startswith("~") else uri
+    return _Run(MlflowClient(tracking_uri=local), run, config, project)

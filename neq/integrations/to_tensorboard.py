@@ -15,11 +15,15 @@ try:
 except ImportError as error:
     raise missing("tensorboard", "tensorboard") from error
 
+LONGEST = 200  # characters of a folder's name
 CONFIG = "config/text_summary"  # the name under which a writer keeps a text
 
 
 def check(folder: str) -> None:
-    """Raises OSError for a folder that can't be written."""
+    """Raises OSError for a folder that can't be written, ValueError for a URI."""
+    if "://" in folder:
+        raise ValueError(f"tensorboard:{folder}: name a folder; TensorBoard is not written there")
+    folder = str(Path(folder).expanduser())
     Path(folder).mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=folder).close()
 
@@ -63,5 +67,5 @@ class _Folder:
 
 def open_place(folder: str, run: str, config: Mapping[str, Any], project: str) -> _Folder:
     """The run's folder below `folder`; `project` is not said there."""
-    parts = [re.sub(r"[^\w.=,+-]+", "-", part).strip(".-") for part in run.split("/")]
-    return _Folder(Path(folder, *filter(None, parts)), config)
+    parts = [re.sub(r"[^\w.=,+-]+", "-", part).strip(".-")[-LONGEST:] for part in run.split("/")]
+    return _Folder(Path(folder, *filter(None, parts)).expanduser(), config)
