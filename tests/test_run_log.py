@@ -158,18 +158,24 @@ def logs(tmp_path, monkeypatch):
     return make
 
 
-def record(epoch):
-    fields = EpochRecord.__dataclass_fields__
-    return EpochRecord(**dict.fromkeys(fields, 0) | {"epoch": epoch})
-
-
-def test_a_place_that_hangs_is_not_waited_for(logs, monkeypatch):
+def hanging():
+    """What tells that it has begun, what ends it, and what hangs until then."""
     begun, never = Event(), Event()
 
     def hang():
         begun.set()
         never.wait()
 
+    return begun, never, hang
+
+
+def record(epoch):
+    fields = EpochRecord.__dataclass_fields__
+    return EpochRecord(**dict.fromkeys(fields, 0) | {"epoch": epoch})
+
+
+def test_a_place_that_hangs_is_not_waited_for(logs, monkeypatch):
+    begun, never, hang = hanging()
     made, spec, told = logs(Memory(hang))
     monkeypatch.setattr("harness.run.logs.PATIENCE", 0.0)
     with made:
@@ -180,12 +186,7 @@ def test_a_place_that_hangs_is_not_waited_for(logs, monkeypatch):
 
 
 def test_a_run_that_is_broken_off_does_not_wait(logs, monkeypatch):
-    begun, never = Event(), Event()
-
-    def hang():
-        begun.set()
-        never.wait()
-
+    begun, never, hang = hanging()
     made, spec, told = logs(Memory(hang))
     monkeypatch.setattr("harness.run.logs.HASTE", 0.0)
 

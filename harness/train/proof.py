@@ -148,9 +148,7 @@ class _Step:
         self._check_gradients()
         moved = self._stepped()
         counted = self._counted(costs, seen.samples)
-        if (
-            counted.wrong
-        ):  # products once a batch, or as many as its values ask for: the batch tells
+        if counted.wrong:  # products once a batch, or as many as its values ask for: it tells
             counted = self._counted(self._costs(_on_cpu(seen.call)), BATCH)
         if counted.wrong:
             raise VerificationError(counted.wrong)
