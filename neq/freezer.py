@@ -40,7 +40,8 @@ class NeuronFreezer:
     epoch. A frozen row is bit-identical at the end of the epoch under any torch optimizer but
     LBFGS (no gradient, weight decay or momentum); its first moment is zero when it trains again.
     Layers under `exclude` (module names or dotted prefixes) are read but never frozen. With
-    everything frozen no parameter has a gradient, and a GradScaler refuses such a step: skip it.
+    everything that one optimizer holds frozen none of it has a gradient, and a GradScaler refuses
+    such a step: skip it.
     `optimizer`: the one that steps the model, or a list where several do; the one inside of a
     wrapper that steps it by itself (SAM) is one of them. Layers without a parameter that needs a
     gradient are the user's (`neurons.fixed`), and never freeze. Running statistics of frozen
@@ -301,10 +302,16 @@ class NeuronFreezer:
 
     @torch.no_grad()
     def _set(self, frozen: Tensor) -> None:
-        before, self.frozen = self.frozen, frozen
+        before = self.frozen
+        self._go_on(frozen)
+        self._reset_first_moments(before | self.frozen)
+
+    @torch.no_grad()
+    def _go_on(self, frozen: Tensor) -> None:
+        """Freeze the rows of `frozen`, and leave the optimizers' state as it is."""
+        self.frozen = frozen
         self._gradients.freeze(self.frozen, self.timings)
         self._gradients.apply()
-        self._reset_first_moments(before | self.frozen)
         self._record.freeze(self.frozen)
         self._kept.clear()
 
@@ -329,12 +336,8 @@ class NeuronFreezer:
         self._record.before_step(optimizer)
         held = set(parameters_of([optimizer]))
         self._clear(optimizer)
-        frozen = [*self._gradients.partly_frozen()]
-        if any(given is not None for given in (*arguments[1:], *keywords.values())):
-            # A closure runs the backward again inside the step, after this: even a parameter whose
-            # gradient is None now may get one.
-            frozen += self._gradients.wholly_frozen()
-        kept = [(p, rows, p.index_select(0, rows)) for p, rows in frozen if p in held]
+        partly = self._gradients.partly_frozen()
+        kept = [(p, rows, p.index_select(0, rows)) for p, rows in partly if p in held]
         steps = self._kept.setdefault(id(optimizer), [])
         del steps[: max(len(steps) - NESTED, 0)]  # of steps that have failed
         steps.append(kept)
@@ -379,15 +382,15 @@ class NeuronFreezer:
                 "the state belongs to a policy that reads something else than this one"
             )
         self._structure.check(by_name=False)
-        self._check_held(self._checked(state["frozen"]) & self.neurons.freezable)
+        frozen = self._checked(state["frozen"]) & self.neurons.freezable
+        self._check_held(frozen)
         device = next(self._model.parameters()).device
         self.epoch = state["epoch"]
         self.reading = Reading.of(state)
         if self.cka is not None:
             self.cka = Reading.of(state["cka"])
         self.timings = Timings.from_json(state["timings"])
-        self.frozen = torch.zeros_like(self.frozen)  # the optimizer's state is its own to load
-        self.freeze(state["frozen"])
+        self._go_on(frozen)  # the optimizer's state is its own to load
         before = {name: t.to(device, copy=True) for name, t in state["before"].items()}
         self._before = before or None
 

@@ -158,10 +158,6 @@ class SelectiveGradients:
         """(parameter, indices of its frozen rows) for each parameter with rows of both kinds."""
         return ((p, rows.to(p.device)) for p, rows in self._rows.items())
 
-    def wholly_frozen(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """(parameter, indices of all its rows) for each parameter with frozen rows alone."""
-        return ((p, torch.arange(len(p), device=p.device)) for p in self._whole)
-
     def apply(self, held: Collection[Tensor] | None = None) -> None:
         """Clear gradients that the hooks could not see: those that were there before, or assigned.
 

@@ -21,6 +21,7 @@ from harness.vision import torchvision
 torchvision()  # Lightning imports it, and it does not load on every torch
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402, F401
 
 from neq.integrations.lightning import NeuronFreezerCallback  # noqa: E402
 

@@ -90,8 +90,8 @@ def test_rows_stand_still_in_half_precision(tmp_path):
     assert proof_of(freezer).measured < proof_of(freezer).dense
 
 
-def test_a_step_without_a_closure_copies_no_layer_that_is_frozen_whole(monkeypatch):
-    """Accelerate's optimizers call it as step(None)."""
+def test_a_step_copies_no_layer_that_is_frozen_whole(monkeypatch):
+    """Accelerate's optimizers call it as step(None), Lightning's with a closure."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     freezer = neq.NeuronFreezer(model, optimizer)
@@ -105,6 +105,5 @@ def test_a_step_without_a_closure_copies_no_layer_that_is_frozen_whole(monkeypat
 
     monkeypatch.setattr(torch.Tensor, "index_select", noted)
     optimizer.step(None)
-    assert not copied
     optimizer.step(lambda: model(torch.ones(1, 3)).sum())
-    assert len(copied) == 2
+    assert not copied

@@ -72,3 +72,45 @@ def test_a_closure_s_gradients_are_those_of_a_backward_before_the_step(
     finally:
         if parallel:
             distributed.destroy_process_group()
+
+
+class Thrice(torch.optim.SGD):
+    """Moves who has a gradient after each of three calls of its closure, with weight decay."""
+
+    def step(self, closure):
+        for _ in range(3):
+            closure()
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(0.99).sub_(parameter.grad, alpha=0.1)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "cut"])
+def test_rows_stand_still_however_often_a_step_calls_its_closure(gradient):
+    """Even if the closure gives everyone a gradient."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    optimizer = Thrice(net.parameters())
+    freezer = neq.NeuronFreezer(net, optimizer, neq.Everyone(), gradient=gradient)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.randn(8, 4)).square().sum()
+        loss.backward()
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return loss
+
+    optimizer.step(closure)
+    mask = torch.zeros(len(freezer.neurons), dtype=torch.bool)
+    mask[WHOLE] = mask[PARTLY] = True
+    freezer.freeze(mask)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        optimizer.step(closure)
+    both = zip(net.parameters(), before, strict=True)
+    same = [(p == then).reshape(len(p), -1).all(1) for p, then in both]
+    assert all(bool(rows[PARTLY].all()) for rows in same[:2])
+    assert all(bool(rows.all()) for rows in same[2:4])
+    assert not any(bool(rows.any()) for rows in (same[0][2:], *same[4:]))

@@ -17,6 +17,7 @@ from lightning_fit import (
     THEIRS,
     Callback,
     Masks,
+    MixedPrecision,
     ModelCheckpoint,
     Net,
     Trainer,
@@ -219,6 +220,57 @@ class TwoOptimizers(Net):
         self.manual_backward(loss)
         for optimizer in optimizers:
             optimizer.step()
+
+
+class Uncounted(Net):
+    """Steps that Lightning doesn't count."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        loss, optimizer = super().training_step(batch, index), self.optimizers(False)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class Accumulates(Net):
+    """Over the end of an epoch."""
+
+    automatic_optimization = False
+    backwards = 0
+
+    def training_step(self, batch, index):
+        self.manual_backward(super().training_step(batch, index) / 6)
+        self.backwards += 1
+        if self.backwards % 6 == 0:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.parametrize("kind", [Uncounted, Accumulates])
+def test_every_epoch_is_decided_on_whatever_steps_are_counted(kind):
+    callback = freezing()
+    masks = Masks(callback)
+    found = fitted(kind(), callback, masks)
+    assert {epoch: {n for n, _ in seen} for epoch, seen in masks.seen.items()} == {
+        epoch: {epoch + 1} for epoch in range(EPOCHS)
+    }
+    assert kind is Accumulates or same(found, fitted())
+
+
+def scaled():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+
+
+def test_under_a_grad_scaler_an_optimizer_has_something_to_step():
+    whole = NeuronFreezerCallback(neq.FreezeAfter(2), exclude=["head"])
+    fitted(None, whole, plugins=[scaled()], max_epochs=3)  # one optimizer also holds the head
+    assert whole.freezer.frozen.any()
+    line = r"an optimizer \(Adam\) holds is frozen \(layers body.0, body.1, body.3\), .* in bf16$"
+    with pytest.raises(ValueError, match=line):
+        fitted(TwoOptimizers(), whole, plugins=[scaled()], max_epochs=3)
+    fitted(TwoOptimizers(), whole, max_epochs=3)
 
 
 @pytest.mark.parametrize("through", [True, False])

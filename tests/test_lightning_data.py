@@ -12,6 +12,7 @@ from lightning_fit import (
     EPOCHS,
     THEIRS,
     VALIDATION,
+    LightningModule,
     ModelCheckpoint,
     Net,
     X,
@@ -64,6 +65,43 @@ def test_it_decides_on_so_many_samples_of_the_validation_data():
     assert not same(fitted(None, freezing(samples=3)), expected)
     given = freezing(validation_batches=DataLoader(TensorDataset(VALIDATION[:][0][::4]), 8))
     assert same(fitted(None, given, data=loaders()[:1]), expected)
+
+
+def test_samples_are_in_the_precision_of_the_trainer():
+    callback = freezing()
+    found = fitted(None, callback, precision="64-true")
+    assert found["weights"]["head.weight"].dtype == torch.float64
+    assert callback.freezer.frozen.any()
+
+
+class NoForward(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch, index):
+        return self.net.training_step(batch, index)
+
+    def validation_step(self, batch, index):
+        pass
+
+    def configure_optimizers(self):
+        return self.net.configure_optimizers()
+
+
+def test_a_module_without_forward_is_told_how_to_say_it():
+    def callback(**options):
+        return NeuronFreezerCallback(neq.AtEquilibrium(eps=0.05), exclude=["net.head"], **options)
+
+    line = r"NoForward has no forward .* forward=lambda module, batch: module.net\(batch\[0\]\)$"
+    for given in ({}, {"validation_batches": [X[:4]]}):
+        with pytest.raises(ValueError, match=line):
+            quiet(callback(**given)).fit(NoForward(), *loaders())
+    mended = callback(forward=lambda module, batch: module.net(batch[0]))
+    quiet(mended).fit(NoForward(), *loaders())
+    assert mended.freezer.frozen.any()
+    needless = NeuronFreezerCallback(neq.Random(0.5), exclude=["net.head"])
+    quiet(needless, max_epochs=2).fit(NoForward(), *loaders())
 
 
 class Noisy(Dataset):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trainer_fit import Sentences, bert, freezing, padded, settings, trained, trainer_of
 from transformers import BertForMaskedLM, Trainer, TrainerCallback
-from trials import wait_for
+from trials import same, wait_for
 
 import neq
 from harness import verify
@@ -137,6 +137,19 @@ def test_resumed_at_any_step_it_is_the_same(tmp_path):
         checkpoint = tmp_path / "one" / f"checkpoint-{step}"
         other = trained(tmp_path / "other", resume=checkpoint, num_train_epochs=8, **options)
         assert_same(one, other)
+
+
+def test_resumed_within_an_epoch_the_optimizer_ends_the_same(tmp_path):
+    """Weight decay gives frozen rows momentum, which a checkpoint holds."""
+    recipe = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.1}
+    options = recipe | {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path / "one", **options)
+    trained(tmp_path / "other", resume=tmp_path / "one" / "checkpoint-20", **options)
+    one, other = (
+        torch.load(tmp_path / name / "checkpoint-24" / "optimizer.pt", weights_only=True)["state"]
+        for name in ("one", "other")
+    )
+    assert same(one, other)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import sys
 
 import pytest
+import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from trainer_fit import POLICY, Sentences, freezing, trained, trainer_of
+from trainer_fit import POLICY, Sentences, bert, freezing, trained, trainer_of
+from transformers import TrainerCallback
 
 import neq
 from neq.integrations.transformers import NeuronFreezerCallback
@@ -104,6 +106,23 @@ def test_checkpoints_of_others(tmp_path):
     with pytest.warns(UserWarning, match=none):
         _, callback = trained(tmp_path / "new", resume=tmp_path / "plain" / "checkpoint-18")
     assert callback.freezer.epoch == 1
+
+
+def test_a_grad_scaler_refuses_a_step_of_nobody(tmp_path):
+    class Scales(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    model = bert()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+    trainer = trainer_of(tmp_path, model)
+    freezing(trainer, neq.FreezeAfter(1), exclude=[])
+    trainer.add_callback(Scales())
+    line = r"an optimizer \(AdamW\) holds is frozen \(layers bert.* more\), .* in bf16$"
+    with pytest.raises(ValueError, match=line):
+        trainer.train()
 
 
 def test_what_transformers_needs_is_named(monkeypatch):

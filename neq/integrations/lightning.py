@@ -15,6 +15,7 @@ from neq.batches import Forward, check_batches
 from neq.evaluation import evaluation
 from neq.freezer import NeuronFreezer
 from neq.integrations import missing
+from neq.integrations.scaled import check_scaled
 from neq.integrations.validation import taken
 from neq.integrations.validation import validation_batches as share_of
 from neq.policies import Everyone, Policy
@@ -52,9 +53,10 @@ class NeuronFreezerCallback(_callback()):  # type: ignore[misc]
     process and DistributedDataParallel.
 
     Raises TypeError and ValueError for options that no NeuronFreezer takes, and, when the fit
-    begins, ValueError for those that do not fit the model, for sharded ones, without validation
-    data that can be read by places, with several loaders of them, and for the checkpoint of another
-    policy or model.
+    begins, ValueError for those that do not fit the model, for sharded ones, for a LightningModule
+    without `forward`, without validation data that can be read by places, with several loaders of
+    them, and for the checkpoint of another policy or model; later, where a GradScaler would refuse
+    a step, because all that one optimizer holds is frozen.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class NeuronFreezerCallback(_callback()):  # type: ignore[misc]
         self._freezer: NeuronFreezer | None = None
         self._at_work = False
         self._batches: Iterable[Any] = ()
-        self._begun: int | None = None  # the step before which the mask was decided
+        self._begun: int | None = None  # so many batches were done when the mask was decided
         self._state: dict[str, Any] = {}  # that goes into checkpoints while no freezer is at work
 
     @property
@@ -130,10 +132,13 @@ class NeuronFreezerCallback(_callback()):  # type: ignore[misc]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Freeze for the coming epoch, unless that of a checkpoint goes on."""
-        if self._begun == trainer.global_step:
+        # Not the steps: those that a loop takes by itself are not counted.
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        if self._begun == done:
             return
         self.freezer.update(self._batches, self._forward)
-        self._begun = trainer.global_step
+        self._begun = done
+        check_scaled(self.freezer, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int
@@ -196,17 +201,20 @@ class NeuronFreezerCallback(_callback()):  # type: ignore[misc]
         self._begun = state["step"]
 
     def _chosen_batches(self, trainer: Any, module: nn.Module) -> Iterable[Any]:
-        if self._given is not None:
-            return self._given
         policy = self.freezer.policy
         if not (policy.needs_velocity or getattr(policy, "needs_flops", False)):
             return ()
+        if self._forward is None:
+            _check_forward(module)
+        if self._given is not None:
+            return self._given
         with evaluation(module, next(module.parameters()).device):
             random.seed(0)
             torch.manual_seed(0)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed(0)
             batches = [*share_of(_loader(trainer), self._samples)]
+        batches = [*map(trainer.precision_plugin.convert_input, batches)]
         return [taken(module, batch) for batch in batches] if self._forward is None else batches
 
 
@@ -224,6 +232,16 @@ def _check_options(
     model, names = nn.Linear(1, 1), exclude if isinstance(exclude, str) else ()
     stepped = torch.optim.SGD(model.parameters())
     NeuronFreezer(model, stepped, Everyone(), exclude=names, **options)
+
+
+def _check_forward(module: nn.Module) -> None:
+    """Raises ValueError for a LightningModule that has no `forward` of its own."""
+    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    if kind.__name__ == "LightningModule" and "forward" not in vars(module):
+        raise ValueError(
+            f"{type(module).__name__} has no forward to decide with: define one, or say how "
+            "samples go through it, with forward=lambda module, batch: module.net(batch[0])"
+        )
 
 
 def _loader(trainer: Any) -> Any:

@@ -10,6 +10,7 @@ from neq.batches import Forward, check_batches
 from neq.evaluation import evaluation
 from neq.freezer import NeuronFreezer
 from neq.integrations import missing
+from neq.integrations.scaled import check_scaled
 from neq.integrations.validation import taken
 from neq.integrations.validation import validation_batches as share_of
 from neq.neurons import unwrapped
@@ -44,7 +45,8 @@ class NeuronFreezerCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises ValueError for options that do not fit the Trainer's model, for sharded models, and, when
     the training begins, without an eval set that can be read by places, with several of them, and
-    for the checkpoint of another policy or model.
+    for the checkpoint of another policy or model; later, where a GradScaler would refuse a step,
+    because all that one optimizer holds is frozen.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class NeuronFreezerCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._begun = state.global_step
         self.freezer.update(self._batches, self._forward)
+        check_scaled(self.freezer, self._trainer.accelerator.scaler)
         share = float(self.freezer.frozen.double().mean())
         self._trainer.log({"frozen": share})
 
