@@ -237,8 +237,16 @@ def test_it_can_be_read(small):
         (torch.randn(0, 3, 8, 8), None, "the example has no sample"),
         (3, None, "the example has no tensor with an axis of samples"),
         ({}, None, "the example has no tensor with an axis of samples"),
-        (torch.randn(2, 5), None, r"does not run on the example, of \[2, 5\] \(RuntimeError: "),
-        ({"pictures": torch.randn(2, 3, 8, 8)}, None, "does not run on the example, of .*TypeErr"),
+        (
+            torch.randn(2, 5),
+            None,
+            r"does not run on two copies .*, of \[2, 5\] \(RuntimeError: ",
+        ),
+        (
+            {"pictures": torch.randn(2, 3, 8, 8)},
+            None,
+            "does not run on two copies .*, of .*TypeErr",
+        ),
         (
             torch.randn(2, 3, 8, 8),
             torch.zeros(18),
@@ -308,3 +316,16 @@ def test_a_model_that_is_fixed_whole_has_no_backward(small):
     assert count.forward
     assert not any(asdict(count.backward)[name] for name in ("dense", "required", "executed"))
     assert (count.fixed, count.trainable) == (18, 0)
+
+
+def test_counts_are_the_same_without_gradients(small):
+    expected = count_flops(small, images(8)).backward
+    with torch.no_grad():
+        assert count_flops(small, images(8)).backward == expected
+    with torch.inference_mode():
+        assert count_flops(small, images(8)).backward == expected
+
+
+def test_an_example_that_needs_a_gradient_is_told(small):
+    with pytest.raises(ValueError, match=r"the example needs a gradient, .*: detach it"):
+        count_flops(small, images(8).requires_grad_())

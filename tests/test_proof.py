@@ -176,7 +176,35 @@ def same(one, other):
     return bool(one == other)
 
 
+class Assigning(nn.Module):
+    """Its forward puts another buffer in place of the one that was there."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, inputs):
+        self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0)
+        return self.body(inputs)
+
+
+class Dropping(nn.Module):
+    """A layer that is left out at random, by torch's random stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = mlp()
+
+    def forward(self, inputs):
+        inputs = self.first(inputs)
+        return self.head(inputs if torch.rand(()) < 0.5 else self.second(inputs))
+
+
 MODELS = {
+    "a buffer assigned": (Assigning, vectors, cross_entropy, {}),
+    "a layer left out at random": (Dropping, vectors, cross_entropy, {}),
     "CNN": (cnn, images, cross_entropy, {}),
     "CNN, a layer whole": (cnn, images, cross_entropy, {"whole": ["6"]}),
     "CNN, cut": (cnn, images, cross_entropy, {"gradient": "cut", "whole": ["3"]}),

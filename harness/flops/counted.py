@@ -118,6 +118,13 @@ def count_flops(
     Raises ValueError for a model without parameters or without a supported layer, for an example
     without samples, one with which the model does not run, and a mask that is not the model's.
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        return _counted(model, example, frozen)
+
+
+def _counted(
+    model: nn.Module, example: Any, frozen: "Tensor | neq.NeuronFreezer | None"
+) -> FlopCount:
     inner, arguments = unwrapped(model), _arguments(example)
     if next(inner.parameters(), None) is None:
         raise ValueError(
@@ -130,8 +137,9 @@ def count_flops(
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in tensors(example))
         raise ValueError(
-            f"the model does not run on the example, of {shapes or 'no tensor'} "
-            f"({type(error).__name__}: {one_line(error)}): give what the model is called with"
+            f"the model does not run on two copies of the first sample of the example, of {shapes} "
+            f"({type(error).__name__}: {one_line(error)}): give what the model is called with, "
+            "samples along the first axis"
         ) from error
     mask, plan = _mask(costs, frozen)
     return _count(inner, costs, mask, plan)
@@ -146,6 +154,8 @@ def _arguments(example: Any) -> Arguments:
         given = Arguments(kwargs=example)
     assert isinstance(given, Arguments)
     found = list(tensors(example))
+    if any(t.requires_grad for t in found):
+        raise ValueError("the example needs a gradient, whose cost is not counted: detach it")
     if not any(t.dim() for t in found):
         raise ValueError(
             "the example has no tensor with an axis of samples: give what the model is called "

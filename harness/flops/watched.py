@@ -25,7 +25,7 @@ class Watched:
     in the graph that each layer has made, which one in a reentrant checkpoint has not.
 
     Raises ValueError for a loss that is no single number, that calls the model not once, or whose
-    value does not depend on what the model returns.
+    value does not depend on what the model returns, and for inputs that need a gradient.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer], batch: Any, loss: Loss) -> None:
@@ -42,6 +42,7 @@ class Watched:
                 hook = layer.module.register_forward_hook(noting, with_kwargs=True)
                 stack.callback(hook.remove)
             stack.callback(model.register_forward_hook(self._returned).remove)
+            self.stream = torch.get_rng_state()
             self._loss = loss(model, batch)
         self._check()
         ends = [tensor.grad_fn for tensor in tensors(self._outputs.pop())]
@@ -90,6 +91,10 @@ class Watched:
             raise ValueError(
                 f"loss(model, batch) must call the model once, and calls it {len(self._calls)} "
                 "times: what one call costs is counted"
+            )
+        if any(tensor.requires_grad for tensor in tensors(self._calls[0])):
+            raise ValueError(
+                "an input of the model needs a gradient, whose cost is not counted: detach it"
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -98,7 +98,7 @@ def verify(freezer: neq.NeuronFreezer, batch: Any, loss: Loss) -> Proof:
 
     Raises VerificationError where frozen rows have moved, before or in the step, or have a
     gradient; where the state of an optimizer has moved for a layer frozen whole; where no row has
-    moved at all; where other rows of a weight gradient were computed than planned; and where the
+    moved at all, as with a learning rate of 0 in the first step of a warm-up; where other rows of a weight gradient were computed than planned; and where the
     backward's FLOPs are not those that are counted. Raises ValueError for a loss that is no single
     number, or that does not call the model once, and for a batch without samples.
     """
@@ -110,6 +110,7 @@ def verify(freezer: neq.NeuronFreezer, batch: Any, loss: Loss) -> Proof:
         for optimizer in freezer.optimizers:
             stack.enter_context(untouched(freezer.model, optimizer))
         stack.enter_context(uncompiled())
+        stack.enter_context(torch.enable_grad())
         return _Step(freezer, batch, loss).proof()
 
 
@@ -129,12 +130,13 @@ class _Step:
     def __init__(self, freezer: neq.NeuronFreezer, batch: Any, loss: Loss) -> None:
         self._freezer, self._model = freezer, freezer.model
         self._layers, self._frozen = freezer.neurons.layers, freezer.frozen
-        self._model.train()
+        if not self._model.training:  # else parts that are in eval mode are so in the loop, too
+            self._model.train()
         for optimizer in freezer.optimizers:
             optimizer.zero_grad()
         self._model.zero_grad()
         device = next(self._model.parameters()).device
-        batch = changed(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+        batch = changed(lambda v: v.to(device, copy=True) if isinstance(v, Tensor) else v, batch)
         self._seen = Watched(self._model, self._layers, batch, loss)
 
     def proof(self) -> Proof:
@@ -149,6 +151,7 @@ class _Step:
         moved = self._stepped()
         counted = self._counted(costs, seen.samples)
         if counted.wrong:  # products once a batch, or as many as its values ask for: it tells
+            torch.set_rng_state(seen.stream)
             counted = self._counted(self._costs(_on_cpu(seen.call)), BATCH)
         if counted.wrong:
             raise VerificationError(counted.wrong)

@@ -24,6 +24,7 @@ def untouched(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     values = [(t, _copied(t)) for t in (*parameters, *model.buffers())]
     gradients = [(p, p.grad, None if p.grad is None else _copied(p.grad)) for p in parameters]
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     states = {p: [(k, v, _copied(v)) for k, v in s.items()] for p, s in optimizer.state.items()}
     groups = [
         [(key, value, _copied(value)) for key, value in group.items() if key != "params"]
@@ -34,6 +35,9 @@ def untouched(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
         with restored(), torch.random.fork_rng(gpus):
             yield
     finally:
+        for held, names in buffers:  # a forward may have assigned other tensors
+            held.clear()
+            held.update(names)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
