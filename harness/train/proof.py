@@ -98,9 +98,10 @@ def verify(freezer: neq.NeuronFreezer, batch: Any, loss: Loss) -> Proof:
 
     Raises VerificationError where frozen rows have moved, before or in the step, or have a
     gradient; where the state of an optimizer has moved for a layer frozen whole; where no row has
-    moved at all, as with a learning rate of 0 in the first step of a warm-up; where other rows of a weight gradient were computed than planned; and where the
-    backward's FLOPs are not those that are counted. Raises ValueError for a loss that is no single
-    number, or that does not call the model once, and for a batch without samples.
+    moved at all, as with a learning rate of 0 in the first step of a warm-up; where other rows of a
+    weight gradient were computed than planned; and where the backward's FLOPs are not those that
+    are counted. Raises ValueError for a loss that is no single number, or that does not call the
+    model once, for inputs that need a gradient, and for a batch without samples.
     """
     with ExitStack() as stack:
         try:
