@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -99,6 +100,40 @@ def test_a_torn_record_is_written_again(tmp_path):
         logger.log(epoch, {"loss": float(epoch)})
     logger.close()
     assert read(where, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_the_training_s_random_numbers_stay(monkeypatch):
+    """A server that does not answer is asked again after a while, which is drawn by others."""
+    check_place("mlflow:http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    before, told = random.getstate(), []
+    open_logger("mlflow:http://127.0.0.1:9", "mine", warn=told.append)
+    assert len(told) == 1
+    assert random.getstate() == before
+
+
+def test_a_server_is_asked_once_for_what_is_there(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    where = f"mlflow:{tmp_path}"
+    for _ in range(2):
+        logger = open_logger(where, "mine", warn=pytest.fail)
+        monkeypatch.setattr(MlflowClient, "get_metric_history", pytest.fail)
+        for epoch in range(2):
+            logger.log(epoch, {f"frozen_by_layer/{i}": 0.5 for i in range(30)})
+        logger.close()
+    monkeypatch.undo()
+    assert read(where, "frozen_by_layer/29") == [(0, 0.5), (1, 0.5)]
+
+
+def test_a_name_that_mlflow_spells_otherwise_is_there_once(tmp_path):
+    where = f"mlflow:{tmp_path}"
+    for _ in range(2):
+        logger = open_logger(where, "mine", warn=pytest.fail)
+        logger.log(0, {"loss[0]": 1.0})
+        logger.close()
+    assert read(where, "loss_0_") == [(0, 1.0)]
 
 
 def test_what_is_no_number_is_left_out(where):

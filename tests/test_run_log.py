@@ -164,7 +164,7 @@ def hanging():
 
     def hang():
         begun.set()
-        never.wait()
+        never.wait(PATIENCE)
 
     return begun, never, hang
 
@@ -180,7 +180,7 @@ def test_a_place_that_hangs_is_not_waited_for(logs, monkeypatch):
     monkeypatch.setattr("harness.run.logs.PATIENCE", 0.0)
     with made:
         made.fill(spec)
-        begun.wait()
+        begun.wait(PATIENCE)
     assert told == [f"the log is not complete: here takes long; {AGAIN}"]
     never.set()
 
@@ -193,7 +193,7 @@ def test_a_run_that_is_broken_off_does_not_wait(logs, monkeypatch):
     def broken_off():
         with made:
             made.fill(spec)
-            begun.wait()
+            begun.wait(PATIENCE)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

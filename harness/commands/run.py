@@ -92,7 +92,7 @@ def _run(options: RunOptions, trials: Trials, executor: Executor, console: Conso
     places = (options.log or []) if parallel.leads() else []
     with Logs(places, store, lambda text: _warn(console, text)) as logs:
         for trial, spec in zip(known, trials, strict=True) if places else ():
-            if trial.state == "done":
+            if trial.state in ("done", "failed"):
                 logs.fill(spec)
         if parallel.shared(len(todo)):
             failed += _execute(executor, todo, count["done"], root, console, logs)

@@ -102,7 +102,7 @@ class Logs:
                 self._warn(f"the log is not complete: {', '.join(slow)} takes long; {AGAIN}")
 
     def fill(self, spec: TrialSpec) -> None:
-        """The trial is done: write what the places lack of it, when there is time."""
+        """The trial has ended: write what the places lack of it, when there is time."""
         if self._places:
             with self._jobs:
                 self._done[spec.key] = spec

@@ -14,6 +14,8 @@ from neq.integrations import missing
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",  # it is drawn from the training's random numbers
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_FILE_STORE": "true",
 }.items():
@@ -39,7 +41,7 @@ class _Run:
         quoted = name.replace("'", "").replace('"', "")
         runs = client.search_runs([experiment], f"tags.`{RUN}` = '{quoted}'")
         run = runs[0] if runs else client.create_run(experiment, run_name=name, tags={RUN: quoted})
-        self._id, self._metrics = run.info.run_id, list(run.data.metrics)
+        self._id, self._last = run.info.run_id, run.data.to_proto().metrics
         if runs:
             client.update_run(self._id, status="RUNNING")
         known = run.data.params
@@ -49,13 +51,17 @@ class _Run:
             client.log_batch(self._id, params=new[first : first + 100])
 
     def read(self) -> Iterator[tuple[str, int, float | None]]:
-        for name in self._metrics:
-            for metric in self._client.get_metric_history(self._id, name):
-                yield name, metric.step, metric.value
+        # All that a server tells at once is the last epoch of each name; what lies before it was
+        # logged before it. A history is a request for each name.
+        for metric in self._last:
+            yield from ((metric.key, epoch, None) for epoch in range(metric.step))
+            yield metric.key, metric.step, metric.value
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
-        metrics = [Metric(_named(name), value, now, epoch) for name, value in values.items()]
+        there = {metric.key: metric.step for metric in self._last}
+        named = {_named(name): value for name, value in values.items()}
+        metrics = [Metric(n, v, now, epoch) for n, v in named.items() if epoch > there.get(n, -1)]
         for first in range(0, len(metrics), MOST):
             self._client.log_batch(self._id, metrics=metrics[first : first + MOST])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -38,7 +39,12 @@ class _Run:
             self._run.log(dict(values), step=epoch, commit=True)
 
     def close(self) -> None:
+        # Offline, W&B comes back before its file is complete: who reads it now misses rows.
+        path = Path(self._run.dir).parent / f"run-{self._run.id}.wandb"
         self._run.finish()
+        end = time.monotonic() + SECONDS
+        while self._offline and not _complete(path) and time.monotonic() < end:
+            time.sleep(0.02)
 
 
 def open_place(mode: str, run: str, config: Mapping[str, Any], project: str) -> _Run:
@@ -60,6 +66,14 @@ def open_place(mode: str, run: str, config: Mapping[str, Any], project: str) -> 
         settings=wandb.Settings(**quiet),
     )
     return _Run(made, offline=bool(made.offline))
+
+
+def _complete(path: Path) -> bool:
+    """Whether the file of a run has its end; one that was moved away is not waited for."""
+    if not path.exists():
+        return True
+    records = map(Record.FromString, _records(path.read_bytes()))
+    return any(record.HasField("exit") for record in records)
 
 
 def _rows(data: bytes) -> Iterator[tuple[str, int, float | None]]:
