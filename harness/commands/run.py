@@ -41,7 +41,7 @@ def run(options: RunOptions, executor: str, address: str | None, console: Consol
         )
     with _terminable():
         trials = options.trials()
-        check_places(options.log or () if parallel.leads() else ())
+        check_places(options.log or ())
         if parallel.launched() == 1:
             return _run(options, trials, _executor(options, executor, address), console)
         gpu = torch.cuda.is_available() and trials[0].suite.resources.gpus != 0

@@ -147,12 +147,10 @@ def _counted(
 
 def _arguments(example: Any) -> Arguments:
     """A call of the model with two copies of the first sample."""
-    given: Any = example
-    if not isinstance(example, (Mapping, Arguments)):
-        given = Arguments(args=tuple(example) if isinstance(example, (tuple, list)) else (example,))
-    elif isinstance(example, Mapping):
+    if isinstance(example, Mapping):
         given = Arguments(kwargs=example)
-    assert isinstance(given, Arguments)
+    else:
+        given = Arguments(args=tuple(example) if isinstance(example, (tuple, list)) else (example,))
     found = list(tensors(example))
     if any(t.requires_grad for t in found):
         raise ValueError("the example needs a gradient, whose cost is not counted: detach it")

@@ -4,19 +4,19 @@ import importlib
 import random
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from neq.batches import Forward, check_batches
+from neq.batches import Forward
 from neq.evaluation import evaluation
 from neq.freezer import NeuronFreezer
 from neq.integrations import missing
 from neq.integrations.scaled import check_scaled
-from neq.integrations.validation import taken
+from neq.integrations.validation import check_choice, taken
 from neq.integrations.validation import validation_batches as share_of
 from neq.policies import Everyone, Policy
 from neq.required import RequiredFlops
@@ -69,16 +69,7 @@ class NeuronFreezerCallback(_callback()):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__()
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        if policy is not None and (isinstance(policy, type) or not hasattr(policy, "frozen")):
-            raise TypeError(f"policy must be one such as neq.AtEquilibrium(), not {policy!r}")
-        check_batches(validation_batches)
-        if isinstance(validation_batches, Iterator):
-            raise ValueError(
-                "validation_batches can be read only once: give a list or a DataLoader, since "
-                "every epoch begins with them"
-            )
+        check_choice(policy, samples, validation_batches)
         _check_options(**options)
         if "exclude" in options:
             options["exclude"] = [*options["exclude"]]

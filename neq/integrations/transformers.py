@@ -1,17 +1,17 @@
 """Neurons freeze in the Trainer of transformers: a callback, whose state is in the checkpoints."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from neq.batches import Forward, check_batches
+from neq.batches import Forward
 from neq.evaluation import evaluation
 from neq.freezer import NeuronFreezer
 from neq.integrations import missing
 from neq.integrations.scaled import check_scaled
-from neq.integrations.validation import taken
+from neq.integrations.validation import check_choice, taken
 from neq.integrations.validation import validation_batches as share_of
 from neq.neurons import unwrapped
 from neq.optimizers import bare
@@ -64,16 +64,7 @@ class NeuronFreezerCallback(TrainerCallback):  # type: ignore[misc]
                 f"trainer must be the Trainer, not {type(trainer).__name__}: make it first, then "
                 "trainer.add_callback(NeuronFreezerCallback(trainer, …))"
             )
-        if policy is not None and (isinstance(policy, type) or not hasattr(policy, "frozen")):
-            raise TypeError(f"policy must be one such as neq.AtEquilibrium(), not {policy!r}")
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        check_batches(validation_batches)
-        if isinstance(validation_batches, Iterator):
-            raise ValueError(
-                "validation_batches can be read only once: give a list or a DataLoader, since "
-                "every epoch begins with them"
-            )
+        check_choice(policy, samples, validation_batches)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "FSDP and DeepSpeed shard the parameters, whose rows then can't freeze: train in "

@@ -1,15 +1,31 @@
 """The samples that a callback decides on: a few of those that the loop validates on."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import distributed, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from neq.batches import check_batches
 from neq.parallel import workers
+from neq.policies import Policy
 
 BATCH = 32  # samples, where a loader does not say
+
+
+def check_choice(policy: Policy | None, samples: int, batches: Iterable[Any] | None) -> None:
+    """Raises TypeError and ValueError for what no callback can decide by, or on."""
+    if policy is not None and (isinstance(policy, type) or not hasattr(policy, "frozen")):
+        raise TypeError(f"policy must be one such as neq.AtEquilibrium(), not {policy!r}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    check_batches(batches)
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "validation_batches can be read only once: give a list or a DataLoader, since "
+            "every epoch begins with them"
+        )
 
 
 def validation_batches(loader: Any, samples: int) -> DataLoader[Any]:
