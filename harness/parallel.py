@@ -121,7 +121,10 @@ def agree(model: nn.Module, state: Any) -> None:
         mine = torch.stack(sums)
         drifted = bool(add_up(torch.count_nonzero(mine != broadcast(mine.clone()))))
     if drifted:
-        raise RuntimeError("the workers' masks, states or parameters have drifted apart")
+        raise RuntimeError(
+            "the workers' masks, states or parameters have drifted apart; let nothing of the model "
+            "or the method differ from worker to worker"
+        )
 
 
 def fingerprint(model: nn.Module) -> Tensor:

@@ -53,7 +53,10 @@ class Task(ABC):
 
     def random_targets(self, outputs: Any, draw: torch.Generator) -> Tensor:
         """Targets that fit the outputs of one batch, for `--synthetic`; raises UserError."""
-        raise UserError(f"{type(self).__name__} has no random_targets, which --synthetic needs")
+        raise UserError(
+            f"{type(self).__name__} has no random_targets, which --synthetic needs; add it, or do "
+            "without --synthetic"
+        )
 
     def check(self, outputs: Any, targets: Tensor) -> None:  # noqa: B027 — for those who want it
         """Raises UserError where targets and outputs of a batch don't fit together."""
@@ -89,7 +92,9 @@ class Classification(Task):
         self._smoothing, self._classes = label_smoothing, classes
         alphas = {"MixUp": mixup, "CutMix": cutmix}
         if any(alphas.values()) and classes < 1:
-            raise ValueError("mixup and cutmix need the number of classes")
+            raise ValueError(
+                "mixup and cutmix need the number of classes; set task_arguments.classes"
+            )
         self._mixes = [
             getattr(torchvision("torchvision.transforms.v2"), name)(alpha=a, num_classes=classes)
             for name, a in alphas.items()
@@ -237,7 +242,8 @@ def _logits(outputs: Any) -> Tensor:
 def _check_shape(outputs: Any, targets: Tensor, wanted: tuple[int, ...]) -> None:
     if not isinstance(outputs, Tensor) or outputs.dim() < 2:
         raise UserError(
-            f"the model returns {type(outputs).__name__}; the task needs [samples, classes, …]"
+            f"the model returns {type(outputs).__name__}; the task needs a tensor "
+            "[samples, classes, …]"
         )
     if tuple(targets.shape) != wanted:
         raise UserError(

@@ -134,9 +134,9 @@ class _Hessian:
         for name, mask in kept.items():
             weight = known.get(f"{name}.weight")
             if weight is None or mask.dtype != torch.bool or mask.shape != weight.shape:
-                wanted = "a layer" if weight is None else f"bool {list(weight.shape)}"
+                wanted = "the mask of a layer" if weight is None else f"bool {list(weight.shape)}"
                 raise ValueError(
-                    f"kept[{name!r}]: {wanted} expected, got {mask.dtype} {list(mask.shape)}"
+                    f"kept[{name!r}] must be {wanted}, got {mask.dtype} {list(mask.shape)}"
                 )
         if all(bool(mask.all()) for mask in kept.values()):
             return None

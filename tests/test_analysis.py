@@ -382,7 +382,7 @@ def test_a_pruner_of_ones_own_may_say_what_is_left(toys, name):
     if name == "n":
         preflight([spec])
         return
-    with pytest.raises(UserError, match=r"kept\['fc'\]: bool \[10, 32\] expected"):
+    with pytest.raises(UserError, match=r"kept\['fc'\] must be bool \[10, 32\]"):
         preflight([spec])
 
 

@@ -301,7 +301,7 @@ def test_a_row_that_makes_no_sense(column, value, tmp_path, results, neqbench):
     pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
     result = neqbench("report", "digits", "--results", tmp_path / "r")
     assert refused(result)
-    assert f"{path} makes no sense" in result.stderr
+    assert f"{path} is not as a run writes it" in result.stderr
 
 
 def test_what_is_said_is_not_cut_off(tmp_path, results, neqbench):

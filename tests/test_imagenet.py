@@ -164,7 +164,7 @@ def remove(path):
     [
         (remove("val/n02"), "train/n02 is in one part and not the other"),
         (remove("train/n03"), "val/n03 is in one part and not the other"),
-        (lambda r: [p.unlink() for p in (r / "train/n01").iterdir()], "Found no valid file .* n01"),
+        (lambda r: [p.unlink() for p in (r / "train/n01").iterdir()], "found no valid file .* n01"),
         (remove("val"), "no folder val and no parquet files"),
         (remove("train"), "no folder train and no parquet files; get ILSVRC2012"),
     ],

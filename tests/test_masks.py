@@ -237,10 +237,10 @@ def test_what_is_given_and_taken_is_no_ones_to_change():
 @pytest.mark.parametrize(
     "name, mask, message",
     [
-        ("9", torch.ones(2, 3).bool(), "mask of '9': bool, of a prunable layer, expected"),
-        ("1", torch.ones(2).bool(), "mask of '1': bool, of a prunable layer, expected"),
-        ("2", torch.ones(2, 2), "mask of '2': bool, of a prunable layer, expected"),
-        ("2", torch.ones(2).bool(), r"mask of '2' is \[2\], its weight \[2, 2\]"),
+        ("9", torch.ones(2, 3).bool(), "mask of '9' must be bool, and the layer prunable"),
+        ("1", torch.ones(2).bool(), "mask of '1' must be bool, and the layer prunable"),
+        ("2", torch.ones(2, 2), "mask of '2' must be bool, and the layer prunable"),
+        ("2", torch.ones(2).bool(), r"mask of '2' must be \[2, 2\] as its weight, got \[2\]"),
     ],
 )
 def test_wrong_masks_are_refused_and_change_nothing(name, mask, message):

@@ -183,7 +183,7 @@ def uneven(image, label):
             r"^sample \d+ can't be read: KeyError: 'somewhere' \(test_samples.py, line",
         ),
         (Numbered, raising, r"^the transform of sample \d+ failed: ZeroDivisionError: here \(test"),
-        (Numbered, uneven, r"^transformed images differ in size: \[3, 4, \d+\] and \[3, 4, \d+\]$"),
+        (Numbered, uneven, r"^transformed images differ in size: \[3, 4, \d+\] and \[3, 4, \d+\];"),
     ],
 )
 def test_what_a_user_s_parts_raise_is_one_line(source, transform, message, loaders):

@@ -323,9 +323,9 @@ def test_bad_input():
             neq.top_eigenvalue(model, samples, loss, **options)
     with pytest.raises(ValueError, match="at least one sample"):
         neq.top_eigenvalue(model, [], loss)
-    with pytest.raises(ValueError, match=r"kept\['9'\]: a layer expected"):
+    with pytest.raises(ValueError, match=r"kept\['9'\] must be the mask of a layer"):
         neq.top_eigenvalue(model, samples, loss, kept={"9": torch.ones(5, 4, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"kept\['0'\]: bool \[5, 4\] expected, got torch.float32"):
+    with pytest.raises(ValueError, match=r"kept\['0'\] must be bool \[5, 4\], got torch.float32"):
         neq.top_eigenvalue(model, samples, loss, kept={"0": torch.ones(5, 4)})
     only = nn.Linear(4, CLASSES, bias=False).double()
     none = {"": torch.zeros(CLASSES, 4, dtype=torch.bool)}

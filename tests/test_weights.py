@@ -91,7 +91,7 @@ def test_weights_of_a_part_of_the_model(tmp_path):
             r"another architecture: 4 tensors are missing .* backbone\.layers\.1",
         ),
         (Backbone(), {}, "another architecture"),
-        (Whole(), {"weights_into": "tail"}, "no part is called 'tail'"),
+        (Whole(), {"weights_into": "tail"}, "no part of the model is called 'tail'"),
     ],
 )
 def test_another_architecture(file, model, more, message):

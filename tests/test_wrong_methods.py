@@ -52,7 +52,7 @@ WRONG = {
     "a suite's": ([('{"zero_rows": sum', '{"sharpness": sum')], "'sharpness' is what suites ask"),
     "an unknown layer": (
         [('("zero_rows", n)', '("zero_rows", n + ".weight")')],
-        "the model has no layer 'conv1.weight'",
+        "no layer is called 'conv1.weight'",
     ),
     "no number": ([("sum(zeros.values())", "'many'")], "'zero_rows' is 'many', and no number"),
     "negative FLOPs": (

@@ -212,7 +212,10 @@ class _Patient:
         value, total = whole.value(), whole.counts.clone()
         halves[0].counts += halves[1].counts
         if not torch.equal(total, halves[0].counts) or halves[0].value() != value:
-            raise UserError("the meter's counts of two halves do not add up to those of the whole")
+            raise UserError(
+                "the meter's counts of two halves do not add up to those of the whole; let counts "
+                "be sums over samples, and value() follow from them alone"
+            )
         if not 0 <= value <= 1:
             raise UserError(f"the metric must be a share from 0 to 1, got {value}")
 

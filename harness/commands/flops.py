@@ -91,7 +91,7 @@ def count(
     Raises UserError for a share outside of 0 to 1, and for a model that does not run so.
     """
     if not 0 <= share <= 1:
-        raise UserError(f"--frozen {share}: must be between 0 and 1")
+        raise UserError(f"--frozen {share}: write a share from 0 to 1, such as 0.5")
     if compile and subject.suite is not None:
         raise UserError("--compile belongs to --model; for a suite: --set recipe.compile=true")
     if compile and not verify:

@@ -180,5 +180,8 @@ def _collate(items: list[tuple[Tensor, Any] | UserError]) -> Any:
             return item
     shapes = [list(item[0].shape) for item in items if isinstance(item, tuple)]
     if other := [shape for shape in shapes if shape != shapes[0]]:
-        return UserError(f"transformed images differ in size: {shapes[0]} and {other[0]}")
+        return UserError(
+            f"transformed images differ in size: {shapes[0]} and {other[0]}; let the transform end "
+            "in one size"
+        )
     return default_collate(items)

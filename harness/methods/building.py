@@ -162,7 +162,7 @@ def measure_rows(name: str, method: Method, layers: Any) -> list[dict[str, Any]]
                 name, method, "measures", f"{measure!r} is what suites ask for; choose another name"
             )
         if layer is not None and layer not in layers:
-            raise _wrong(name, method, "measures", f"the model has no layer {layer!r}")
+            raise _wrong(name, method, "measures", f"no layer is called {layer!r}")
         rows.append({"layer": layer, "name": measure, "value": _number(name, method, key, value)})
     return rows
 

@@ -99,7 +99,10 @@ def compare(a: list[Store], b: list[Store], bounds: list[Gate]) -> RunComparison
             methods.append(method)
             trials += of_it
     if not methods:
-        raise UserError(f"{' and '.join(names)}: no trial is finished in either")
+        raise UserError(
+            f"{' and '.join(names)}: no trial is finished in either; finish some with "
+            "`neqbench run`"
+        )
     return RunComparison(
         a=names[0],
         b=names[1],

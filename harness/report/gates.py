@@ -45,12 +45,10 @@ def gates(texts: Iterable[str]) -> list[Gate]:
 
 def _gate(text: str) -> Gate:
     found = GATE.fullmatch(text)
-    known = f"{', '.join(POINTS)} in pp, {', '.join(PERCENT)} in %"
-    if found is None:
+    quantity, sign, bound, unit = found.groups() if found else ("", "", "", "")
+    if quantity not in MORE_IS_BETTER or unit != ("pp" if quantity in POINTS else "%"):
+        known = f"{', '.join(POINTS)} in pp, {', '.join(PERCENT)} in %"
         raise UserError(f'--fail-on {text!r}: write it as "metric<-0.5pp"; there are {known}')
-    quantity, sign, bound, unit = found.groups()
-    if unit != ("pp" if quantity in POINTS else "%") or quantity not in MORE_IS_BETTER:
-        raise UserError(f"--fail-on {text!r}: there are {known}")
     return Gate(text.strip(), quantity, sign, float(bound))
 
 

@@ -214,7 +214,7 @@ def check_inputs(suite: Suite, samples: FirstSamples) -> None:
             if tuple(inputs.shape[1:]) != suite.model.input:
                 raise UserError(
                     f"suite {suite.name}: model.input is {list(suite.model.input)}, "
-                    f"the {part} images are {list(inputs.shape[1:])}"
+                    f"the {part} images are {list(inputs.shape[1:])}; make them alike"
                 )
 
 

@@ -191,4 +191,6 @@ class Trial:
 
 def _check_finite(what: str, loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
-        raise DivergedError(f"the {what} became {loss} in epoch {epoch}")
+        raise DivergedError(
+            f"the {what} became {loss} in epoch {epoch}; try a lower recipe.optimizer.lr"
+        )

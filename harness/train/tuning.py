@@ -104,7 +104,9 @@ def tuning_for(location: Location, suite: Suite, model: nn.Module) -> Tuning:
     try:
         return Tuning.from_json(found)
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise StorageError(f"{location.uri}/tuning/{name}.json is damaged; delete it") from None
+        raise StorageError(
+            f"{location.uri}/tuning/{name}.json is damaged; delete it, and it is measured anew"
+        ) from None
 
 
 def tune(

@@ -44,7 +44,9 @@ def load_weights(model: nn.Module, parts: Model) -> None:
     try:
         target = model.get_submodule(parts.weights_into)
     except AttributeError:
-        raise UserError(f"model.weights_into: no part is called {parts.weights_into!r}") from None
+        raise UserError(
+            f"model.weights_into: no part of the model is called {parts.weights_into!r}"
+        ) from None
     wanted = target.state_dict()
     state = _converted(_read(parts.weights), target)
     head = tuple(f"{name}." for name in parts.exclude)

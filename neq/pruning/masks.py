@@ -83,11 +83,11 @@ class Masks:
         """
         for name, mask in kept.items():
             if name not in self.kept or mask.dtype != torch.bool:
-                raise ValueError(f"mask of {name!r}: bool, of a prunable layer, expected")
+                raise ValueError(f"mask of {name!r} must be bool, and the layer prunable")
             if mask.shape != self.kept[name].shape:
                 raise ValueError(
-                    f"mask of {name!r} is {list(mask.shape)}, its weight "
-                    f"{list(self.kept[name].shape)}"
+                    f"mask of {name!r} must be {list(self.kept[name].shape)} as its weight, got "
+                    f"{list(mask.shape)}"
                 )
         for name, mask in kept.items():
             self.kept[name] = mask.to(self.kept[name].device, copy=True)

@@ -92,7 +92,9 @@ def _read(path: Path) -> pa.Table:
 def _decode(encoded: bytes, where: str) -> Tensor:
     image = numpy.asarray(decode(encoded, where))
     if image.shape != (SIZE, SIZE, 3):
-        raise UserError(f"{where} is {image.shape[1]} × {image.shape[0]}, not {SIZE} × {SIZE}")
+        raise UserError(
+            f"{where} is {image.shape[1]} × {image.shape[0]}, not {SIZE} × {SIZE}; replace it"
+        )
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 

@@ -41,7 +41,7 @@ class ClassFolders:
         if empty or not inside:
             what = f"for the classes {', '.join(empty[:3])}" if empty else "nor a class folder"
             raise UserError(
-                f"{folder}: Found no valid file {what}; pictures end in {', '.join(ENDINGS)}; add "
+                f"{folder}: found no valid file {what}; pictures end in {', '.join(ENDINGS)}; add "
                 "some, or remove the folder"
             )
         self._files = [file for files in inside for file in files]

@@ -42,7 +42,10 @@ class Coco:
         self._check_files(annotations)
         self._ids = [i for i in sorted(self._images) if not train or self._area(i) >= LEAST_AREA]
         if not self._ids:
-            raise UserError(f"{annotations}: no image shows enough of one of VOC's 20 categories")
+            raise UserError(
+                f"{annotations}: no image shows enough of one of VOC's 20 categories; "
+                "replace the file"
+            )
 
     def _check_files(self, annotations: Path) -> None:
         try:
@@ -83,7 +86,7 @@ class Coco:
             except Exception as error:
                 raise UserError(
                     f"annotation {annotation.get('id')} of {path} can't be read "
-                    f"({type(error).__name__}: {error})"
+                    f"({type(error).__name__}: {error}); replace the annotations"
                 ) from None
             labels[mask > 0] = COCO_IDS.index(annotation["category_id"])
             covered += mask
@@ -150,7 +153,7 @@ class Voc:
         except UserError as error:
             raise UserError(f"{error}; {WHERE_VOC}") from None
         if not self.labels:
-            raise UserError(f"{names}: names no image")
+            raise UserError(f"{names}: names no image; replace the file")
         self._check_files()
 
     def _paths(self, name: str) -> tuple[Path, Path]:

@@ -26,7 +26,8 @@ def labelled(image: Image.Image, labels: Any, classes: int, where: str) -> tuple
     wrong = values[(values < 0) | ((values >= classes) & (values != IGNORE))]
     if wrong.size:
         raise UserError(
-            f"{where}: label {int(wrong.flat[0])} is none of 0 to {classes - 1} or {IGNORE}"
+            f"{where}: label {int(wrong.flat[0])} is none of 0 to {classes - 1} or {IGNORE}; "
+            "mend it"
         )
     mask = torch.from_numpy(values.astype(numpy.uint8))
     return image, torchvision("torchvision.tv_tensors").Mask(mask)
