@@ -7,11 +7,11 @@ import gc
 import os
 import shlex
 import sys
-from collections import Counter
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from harness.commands.examples import Verb, Verbs
 from harness.commands.options import (
     Address,
     Results,
@@ -22,13 +22,15 @@ from harness.commands.options import (
     TrialOptions,
     takes,
 )
-from harness.console import console, progress_line, table, write_json
+from harness.console import console, progress_line, write_json
 from harness.errors import UserError
 
 INTERRUPTED = 130
 
 app = typer.Typer(
     name="neqbench",
+    cls=Verbs,
+    context_settings={"max_content_width": 100},
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -53,14 +55,16 @@ Format = Annotated[Literal["rich", "json"], typer.Option(help="For people, or fo
 def main() -> NoReturn:
     """Run the command line and exit with its code; a wrong input is one line and exit code 2."""
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="neqbench", standalone_mode=False) or 0
     except UserError as error:
         _refuse(str(error))
     except Exception as error:
         usage = getattr(error, "format_message", None)  # what Typer refuses
         if usage is None:
             raise
-        _refuse(f"{usage()} (see neqbench --help)")
+        context = getattr(error, "ctx", None)
+        whose = context.command_path if context else "neqbench"
+        _refuse(f"{usage().replace('Value error, ', '')} (see {whose} --help)")
     if code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
         again = shlex.join(["neqbench", *sys.argv[1:]])
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -75,45 +79,75 @@ def _refuse(message: str) -> NoReturn:
 
 
 @app.callback(invoke_without_command=True)
-def _help(context: typer.Context) -> None:
+def _help(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Say what it runs on.")] = False,
+) -> None:
     """What does freezing neurons at equilibrium save in training, and what does it cost?"""
+    if version:
+        from harness.storage.provenance import runs_on
+
+        print("\n".join(runs_on()))
+        raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
-@app.command()
-def suites(format: Format = "rich") -> None:
-    """List the suites that can be run."""
-    from harness.suite.files import load_experiments, shipped_suites
+@app.command(cls=Verb)
+def suites(
+    suite: Annotated[str | None, typer.Argument(help="A suite; without, all of them.")] = None,
+    format: Format = "rich",
+) -> None:
+    """List the suites that can be run, or the methods of one."""
+    from harness.commands.suites import suites as show
 
-    found = [load_experiments(name)[0] for name in shipped_suites()]
-    if format == "json":
-        write_json([suite.model_dump(mode="json") for points in found for suite in points])
-        return
-    shown = table("suite", "what, and methods", "points", "seeds", "epochs")
-    shown.columns[0].no_wrap = True
-    for suite, points in ((each[0], len(each)) for each in found):
-        chosen = Counter(n.partition(" ")[0] for n in suite.default_methods or suite.methods)
-        methods = ", ".join(f"{name} × {n}" if n > 1 else name for name, n in chosen.items())
-        more = [name for name in suite.methods if name.partition(" ")[0] not in chosen]
-        methods += f" (also {', '.join(more)})" if more else ""
-        what = f"{suite.title}\n{methods}"
-        cells = [suite.name, what, points, len(suite.seeds), suite.recipe.epochs]
-        shown.add_row(*map(str, cells))
-    console().print(shown)
+    show(suite, format, console())
 
 
-@app.command()
+@app.command(cls=Verb)
+def doctor(
+    suite: Annotated[str | None, typer.Argument(help="A suite; without, this machine.")] = None,
+    settings: Settings = None,
+    results: Results = "results",
+    address: Address = None,
+) -> None:
+    """Say what this machine lacks, or what is wrong in a suite."""
+    from harness.commands.doctor_machine import examine_machine, print_finding, print_verdict
+
+    seen = []
+    findings = examine_machine(results, address)
+    if suite is not None:
+        from harness.commands.doctor_suite import examine_suite
+
+        findings = examine_suite(suite, settings or [])
+    for finding in findings:
+        print_finding(finding, console())
+        seen.append(finding)
+    if suite is None:
+        print_verdict(seen, console())
+    if any(finding.wrong for finding in seen):
+        raise typer.Exit(1)
+
+
+@app.command(cls=Verb)
+def prepare(suite: SuiteName, settings: Settings = None) -> None:
+    """Fetch or check a suite's data. Layout, counts, and whether samples decode."""
+    from harness.commands.prepare import prepare as fetch
+
+    fetch(suite, settings or (), console())
+
+
+@app.command(cls=Verb)
 @takes(TrialOptions)
 def plan(options: TrialOptions, format: Format = "rich") -> None:
-    """Show the trials of a suite with key and state; nothing is run, missing data are fetched."""
+    """List a suite's trials with key and state; nothing is run. Missing data are fetched."""
     from harness.commands.plan import plan as list_trials
 
     gc.disable()  # a tenth of the time: there is nothing to collect
     list_trials(options, format, console())
 
 
-@app.command()
+@app.command(cls=Verb)
 @takes(RunOptions)
 def run(
     options: RunOptions,
@@ -129,38 +163,7 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command()
-def prepare(suite: SuiteName, settings: Settings = None) -> None:
-    """Fetch or check a suite's data: layout, counts, and whether samples decode."""
-    from harness.commands.prepare import prepare as fetch
-
-    fetch(suite, settings or (), console())
-
-
-@app.command()
-def doctor(
-    suite: Annotated[str | None, typer.Argument(help="A suite; without, this machine.")] = None,
-    settings: Settings = None,
-    results: Results = "results",
-    address: Address = None,
-) -> None:
-    """Say what this machine lacks, or what a suite of one's own gets wrong."""
-    from harness.commands.doctor_machine import examine_machine, print_finding
-
-    wrong = False
-    findings = examine_machine(results, address)
-    if suite is not None:
-        from harness.commands.doctor_suite import examine_suite
-
-        findings = examine_suite(suite, settings or [])
-    for finding in findings:
-        print_finding(finding, console())
-        wrong |= bool(finding.wrong)
-    if wrong:
-        raise typer.Exit(1)
-
-
-@app.command()
+@app.command(cls=Verb)
 def status(
     what: Annotated[
         str | None, typer.Argument(help="A suite, or results (all below --results).")
@@ -169,7 +172,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Until nothing is left to do.")] = False,
     format: Format = "rich",
 ) -> None:
-    """Show what became of every trial, from the results alone; from any machine that sees them."""
+    """Show what became of every trial, from the results alone. On any machine that sees them."""
     from harness.commands import status as module
     from harness.storage.store import Store, find_stores
 
@@ -184,19 +187,7 @@ def status(
         module.print_status(module.Reader(find).read(), console())
 
 
-@app.command()
-@takes(RunOptions, results=SeenResults)
-def submit(
-    options: RunOptions,
-    address: Annotated[str, typer.Option(help="Of the cluster's dashboard: http://head:8265.")],
-) -> None:
-    """Run a suite as a job on a Ray cluster. Submitted again, it goes on where it stopped."""
-    from harness.commands.submit import submit as send
-
-    send(options, address, console())
-
-
-@app.command()
+@app.command(cls=Verb)
 def report(
     what: Annotated[
         list[str], typer.Argument(help="Suites, results roots or suites' results; taken together.")
@@ -220,7 +211,7 @@ def report(
         print(path, file=sys.stderr)
 
 
-@app.command()
+@app.command(cls=Verb)
 def compare(
     a: Annotated[str, typer.Argument(help="A suite, a results root, or a suite's results.")],
     b: Annotated[str, typer.Argument(help="The same, of another run.")],
@@ -231,7 +222,7 @@ def compare(
     results: Results = "results",
     format: Format = "rich",
 ) -> None:
-    """Show what changed from run A to run B, and what can't be compared."""
+    """Show what changed from run A to run B. What can't be compared is said."""
     from harness.report.changes import print_comparison
     from harness.report.compare import compare as compared
     from harness.report.gates import gates
@@ -247,7 +238,7 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Verb)
 def flops(
     suite: AnySuite = None,
     settings: Settings = None,
@@ -275,7 +266,7 @@ def flops(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Verb)
 def speed(
     suite: AnySuite = None,
     settings: Settings = None,
@@ -305,7 +296,7 @@ def speed(
     compile: Compile = False,
     format: Format = "rich",
 ) -> None:
-    """Time steps with frozen neurons against dense ones, on this machine: from when on it pays."""
+    """Time steps with frozen neurons, to say from when on it pays here."""
     from time import perf_counter
 
     ends = perf_counter() + seconds
@@ -333,3 +324,15 @@ def speed(
         write_json(timed.json())
     else:
         print_speed(timed, console())
+
+
+@app.command(cls=Verb)
+@takes(RunOptions, results=SeenResults)
+def submit(
+    options: RunOptions,
+    address: Annotated[str, typer.Option(help="Of the cluster's dashboard: http://head:8265.")],
+) -> None:
+    """Run a suite as a job on a Ray cluster. Submitted again, it goes on where it stopped."""
+    from harness.commands.submit import submit as send
+
+    send(options, address, console())

@@ -137,7 +137,7 @@ def test_a_count_that_is_not_executed_is_exit_1(neqbench, monkeypatch):
         (["flops", "--model", "torchvision.models:resnet18", "--input", "1x8x8"], "does not run"),
         (["flops", "--model", "torchvision.models", "--input", "3x8x8"], "as module:callable"),
         (["flops", "--model", "my-mod:net", "--input", "3x8x8"], "cannot be loaded"),
-        (["flops", "digits", "--frozen", "2"], "must be between 0 and 1"),
+        (["flops", "digits", "--frozen", "2"], "write a share from 0 to 1"),
         (["flops", "digits", "--input", "3x8x8"], "--input belongs to --model"),
         (["run"], "Missing argument"),
         (["run", "digits", "--bogus"], "No such option"),
@@ -275,11 +275,12 @@ def test_synthetic_results_say_so_and_stand_apart(tmp_path, neqbench):
     assert "imagenet: ImageNet, ready" in prepared.stdout
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+LINES = [line for page in PAGES for line in page.read_text().splitlines()]
 
 
-def test_the_readme_s_sweeps_can_be_run():
-    lines = [line for line in README if line.startswith("neqbench run digits") and "=[" in line]
+def test_the_docs_sweeps_can_be_run():
+    lines = [line for line in LINES if line.startswith("neqbench run digits") and "=[" in line]
     counts = []
     for line in lines:
         _, _, suite, *words = shlex.split(line)
@@ -291,8 +292,8 @@ def test_the_readme_s_sweeps_can_be_run():
     assert counts == [[4], [3, 3]]
 
 
-def test_the_readme_s_synthetic_lines_can_be_run():
-    lines = [line for line in README if line.startswith("neqbench run") and "--synthetic" in line]
+def test_the_docs_synthetic_lines_can_be_run():
+    lines = [line for line in LINES if line.startswith("neqbench run") and "--synthetic" in line]
     assert len(lines) == 3
     for line in lines:
         _, _, suite, *words = shlex.split(line)

@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -14,8 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from harness.console import say
 from harness.errors import UserError, one_line
 from harness.paths import is_there, lost_link
+from harness.report.words import counted
 from harness.run.ray_folder import check_ray_folder, ray_folder
 from harness.storage import leases
 from harness.storage.locations import open_location
@@ -46,6 +48,15 @@ def print_finding(finding: Finding, console: Console) -> None:
     text = finding.wrong or finding.found
     head = Text.assemble((f"{word:5} ", style), finding.what)
     console.print(head.append(f": {text}" if text else ""), soft_wrap=True)
+
+
+def print_verdict(findings: Sequence[Finding], console: Console) -> None:
+    """Print what the findings about a machine come to."""
+    wrong = sum(bool(finding.wrong) for finding in findings)
+    if wrong:
+        say(f"{counted(wrong, 'finding')} wrong: mend that first.", console, "bold")
+    else:
+        say("Nothing is wrong here. A note is of what some suites need.", console, "bold")
 
 
 def examine_machine(results: str, address: str | None) -> Iterator[Finding]:
@@ -215,7 +226,9 @@ def _data() -> Iterator[Finding]:
         if root:
             roots.setdefault(root, []).append(name)
     for root, names in roots.items():
-        what = f"data of {', '.join(names)}"
+        what = f"data of {names[0]}"
+        if len(names) > 1:
+            what += f" and {counted(len(names) - 1, 'more suite')}"
         if Path(root).is_dir() and any(Path(root).iterdir()):
             yield Finding(what, found=f"in {root}")
         else:

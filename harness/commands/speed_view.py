@@ -1,4 +1,4 @@
-"""What `neqbench speed` prints: a table for each way of freezing, and what follows from them."""
+"""What `neqbench speed` prints: from when on it pays, and a table for each way of freezing."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,15 +13,12 @@ UNKNOWN = "–"
 
 
 def print_speed(speed: Speed, console: Console) -> None:
-    """Print a table for each way of freezing, with a bar for the time of each row."""
+    """Print what follows, then a table for each way of freezing, with a bar for each row's time."""
     layout = ", channels_last" if speed.channels_last else ""
     compiled = ", compiled" if speed.compiled else ""
     batch = "" if speed.batch is None else f"batch {speed.batch}, "
     say(f"{speed.name}: {batch}{speed.precision}{layout}{compiled}", console, "bold")
     say(f"{speed.device}; {_dense(speed)}", console, "dim")
-    width = max(BAR + (console.width - 80) // 2, BAR)
-    for kind, title in speed.kinds.items():
-        console.print(_grid(title, speed.of(kind), min(width, 3 * BAR)))
     for sentence in speed.sentences:
         say(sentence, console)
     if speed.pairs < FEW:
@@ -31,6 +28,11 @@ def print_speed(speed: Speed, console: Console) -> None:
             console,
             "yellow",
         )
+    width = max(BAR + (console.width - 80) // 2, BAR)
+    for kind, title in speed.kinds.items():
+        console.print()
+        console.print(_grid(title, speed.of(kind), min(width, 3 * BAR)))
+    console.print()
     say(
         "Over the dense model: time of the backward (median and quartiles over pairs of steps) and "
         "of the whole step, FLOPs of the backward, bytes kept for it, and of optimizer state. It "

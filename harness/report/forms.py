@@ -129,6 +129,8 @@ def _markdown(section: Section) -> Iterator[str]:
         yield from (f"| {' | '.join(_pipe(cell.text) for cell in row)} |" for row in table.rows)
         yield ""
         yield from (f"{_pipe(note)}\n" for note in table.notes)
+    yield from (f"- {_pipe(line)}" for line in section.details)
+    yield ""
     yield from (f"{_pipe(note)}\n" for note in section.notes)
     yield from (f"- **{kind}:** {_pipe(text)}" for kind, text in section.alerts)
     if section.alerts:
@@ -150,7 +152,8 @@ def to_latex(report: Report) -> str:
 
 
 def _latex(section: Section) -> Iterator[str]:
-    yield "\n".join(f"% {text}" for text in (section.title, *section.facts, *section.answers))
+    told = (section.title, *section.facts, *section.answers, *section.details)
+    yield "\n".join(f"% {text}" for text in told)
     yield from (_float(section, table) for table in section.tables)
     yield "\n".join(
         [

@@ -178,7 +178,7 @@ def checked(results: Results, found: Iterable[Store]) -> Results:
     """
     if results.trials.empty:
         where = ", ".join(store.location.uri for store in found)
-        raise UserError(f"{where}: no trial has been started yet")
+        raise UserError(f"{where}: no trial has been started yet; start one with `neqbench run`")
     for row in results.trials.to_dict("records"):
         try:
             experiment, parameters = json.loads(row["experiment"]), json.loads(row["parameters"])
@@ -192,7 +192,7 @@ def checked(results: Results, found: Iterable[Store]) -> Results:
             whole = False
         if not whole:
             path = f"{row['results']}/trials/{row['trial']}.parquet"
-            raise UserError(f"{path} makes no sense; {REWRITTEN}")
+            raise UserError(f"{path} is not as a run writes it; {REWRITTEN}")
     return results
 
 

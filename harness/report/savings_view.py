@@ -94,7 +94,7 @@ def savings(table: GroupTable) -> Table:
             Column("executed", "% saved"),
             Column("required", "% saved"),
             Column("paper", "% saved"),
-            Column("time", f"s{mark}"),
+            Column("time", f"s{mark}", wide=bool(replayed)),
             Column("time", "× base", wide=bool(replayed)),
             *(column for column, _ in optional),
         ],

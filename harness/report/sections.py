@@ -81,6 +81,7 @@ def _section(table: GroupTable, *, named: bool) -> Section:
         group=table.group,
         facts=_facts(table, named=named),
         answers=answers(table),
+        details=_details(table),
         tables=made,
         notes=notes,
         alerts=alerts,
@@ -90,22 +91,28 @@ def _section(table: GroupTable, *, named: bool) -> Section:
 def _facts(table: GroupTable, *, named: bool) -> list[str]:
     recipe = table.recipe
     used = f" ({recipe['train_size']} images)" if recipe["train_size"] else ""
-    classes = [recipe[part] for part in ("optimizer", "scheduler") if recipe[part]]
     facts = [
         f"{table.data}{used} · {counted(table.epochs, 'epoch')} · {_batch(recipe)} · "
-        f"{recipe['precision']} · group {table.group}",
-        " · ".join(f"{part['name']} {listed(arguments(part))}" for part in classes),
-        ", ".join(table.devices),
+        f"{recipe['precision']} · group {table.group}"
     ]
     if table.apart and not (table.point and named):
         differs = ", ".join(f"{path} {as_text(value)}" for path, value in table.apart.items())
         facts.append(f"Stands apart from the suite's other groups by {differs}")
+    return facts
+
+
+def _details(table: GroupTable) -> list[str]:
+    classes = [table.recipe[part] for part in ("optimizer", "scheduler") if table.recipe[part]]
+    details = [
+        " · ".join(f"{part['name']} {listed(arguments(part))}" for part in classes),
+        ", ".join(table.devices),
+    ]
     for row in table.methods:
         known = row.parameters.items()
         parameters = {k: v for k, v in known if k != "kind" and v is not None}
         if parameters:
-            facts.append(f"{row.label}: {listed(parameters)}")
-    return facts
+            details.append(f"{row.label}: {listed(parameters)}")
+    return details
 
 
 def _batch(recipe: dict[str, Any]) -> str:

@@ -51,8 +51,9 @@ class Table:
 class Section:
     """All about one group.
 
-    `answers`: a sentence for each method in question; `alerts`: (kind, line) for what is missing,
-    unfinished or failed.
+    `facts`: what was trained on, and what tells it from other groups; `answers`: a sentence for
+    each method in question; `details`: recipe, devices and the methods' parameters; `alerts`:
+    (kind, line) for what is missing, unfinished or failed.
     """
 
     suite: str
@@ -61,5 +62,6 @@ class Section:
     tables: list[Table]
     facts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alerts: list[tuple[str, str]] = field(default_factory=list)

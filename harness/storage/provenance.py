@@ -8,7 +8,9 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 OTHER_LOAD = 0.5  # CPUs, or processes on a GPU: with more of others, seconds have no verdict
@@ -64,6 +66,24 @@ def is_commit(code: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{7,}\+?", code) is not None
 
 
+def runs_on() -> list[str]:
+    """Lines of `neqbench --version`: this code, its versions, the machine. Imports no torch."""
+    known, commit = provenance(gpu=False), code()
+    dirty = " with uncommitted changes" if known["git_dirty"] else ""
+    head = f", commit {known['git_sha'][:7]}{dirty}" if commit and is_commit(commit) else ""
+    versions = json.loads(known["versions"])
+    named = {name: f"{name} {versions[name] or 'not installed'}" for name in PACKAGES}
+    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    machine = gpu.replace(", ", ", driver ") if gpu else "no NVIDIA GPU"
+    return [
+        f"{named['neqbench']}{head}",
+        f"Python {versions['python']}, {platform.platform()}",
+        f"{named['torch']}{_torch_build()}, {named['torchvision']}",
+        ", ".join(named[name] for name in ("ray", "fvcore", "numpy", "pyarrow")),
+        f"{known['cpu']}, {machine}",
+    ]
+
+
 def hardware(gpu: bool) -> str:
     """The model of the device that this process computes on; of a CPU with its number of
     threads.
@@ -97,6 +117,17 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _torch_build() -> str:
+    """What the installed torch is built for, by its version file: to import it takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return ""
+    built = run_path(str(Path(spec.origin).with_name("version.py")))
+    kinds = (("CUDA", built.get("cuda")), ("ROCm", built.get("hip")), ("XPU", built.get("xpu")))
+    found = next((f"{name} {version}" for name, version in kinds if version), "the CPU")
+    return f" built for {found}"
 
 
 def _cpu() -> str | None:

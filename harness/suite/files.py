@@ -18,7 +18,7 @@ from harness.suite.method_specs import KINDS
 
 def shipped_suites() -> dict[str, Path]:
     """Name → file of each suite that is shipped with neqbench."""
-    return {_name(path): path for path in sorted(SHIPPED.glob("*/*.toml"))}
+    return {_name(path): path for path in sorted(SHIPPED.glob("*/*.toml"), key=_name)}
 
 
 def _name(path: Path) -> str:
