@@ -1,4 +1,4 @@
-"""A loop with Accelerate, as the README has it, on a tiny BERT.
+"""A loop with Accelerate, as docs/integrations.md has it, on a tiny BERT.
 
 `python accelerate_fit.py FOLDER CALLS`: train there, and wait for being killed in the model's
 forward of that number.

@@ -32,7 +32,7 @@ from harness.vision import torchvision
 neighbours.FOLDER = f"neqbench-tests-{os.getpid()}"
 neighbours._busy_seconds = lambda: 1.0
 
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
 WAITING = {"test_faults", "test_together", "test_executors", "test_submit"}  # for other processes
 
 
@@ -246,14 +246,22 @@ def neqbench(monkeypatch, capsys):
     return call
 
 
+def documented(page, file):
+    """What a page of docs/ has a reader write to that file."""
+    (block,) = re.findall(
+        rf'^```\w+ title="{re.escape(file)}"\n(.*?)^```',
+        (DOCS / page).read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    return block
+
+
 @pytest.fixture
 def toys(tmp_path):
-    """A suite with methods of its own: a pruner, a regulariser, and the README's freezer."""
+    """A suite with methods of its own: a pruner, a regulariser, and the docs' freezer."""
     folder = tmp_path / "toys"
     shutil.copytree(
         Path(__file__).parent / "toys", folder, ignore=shutil.ignore_patterns("__pycache__")
     )
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (freezer,) = [text for text in blocks if "class SmallestGradients" in text]
-    (folder / "freezer.py").write_text(freezer)
+    (folder / "freezer.py").write_text(documented("your-method.md", "mine/freezer.py"))
     return folder

@@ -1,4 +1,4 @@
-"""Neurons freeze in the README's loop with Accelerate, also in one that was killed and resumed."""
+"""Neurons freeze in the docs' loop with Accelerate, also in one that was killed and resumed."""
 
 import os
 import subprocess
@@ -16,6 +16,7 @@ import neq
 from harness import verify
 
 SCRIPT = Path(__file__).with_name("accelerate_fit.py")
+PAGE = SCRIPT.parents[1] / "docs" / "integrations.md"
 
 
 def proof_of(freezer):
@@ -45,6 +46,18 @@ def assert_same(one, other):
         for name, value in state.items():
             assert torch.equal(value, states[1][place][name]), name
     assert torch.equal(one[3].frozen, other[3].frozen)
+
+
+def loop_of(text):
+    """The lines of the loop, from what it resumes to the name of a checkpoint, without comments."""
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("if saved :="))
+    last = next(i for i, line in enumerate(lines) if ".rename(" in line)
+    return [line for line in lines[first : last + 1] if line != "watch(freezer)"]
+
+
+def test_the_docs_show_this_loop():
+    assert loop_of(PAGE.read_text()) == loop_of(SCRIPT.read_text())
 
 
 def test_killed_and_resumed_it_is_the_same(tmp_path, whole):

@@ -20,7 +20,6 @@ from lightning_fit import (
     MixedPrecision,
     ModelCheckpoint,
     Net,
-    Trainer,
     Tunes,
     came_out,
     fitted,
@@ -369,16 +368,3 @@ def test_the_mirror_package_s_trainer_takes_it(tmp_path):
     fit(KILLED)
     assert same(fit(EPOCHS, ckpt_path=tmp_path / f"{KILLED}.ckpt"), whole)
     assert same(whole, fitted())
-
-
-def test_the_lines_of_the_readme(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model, (loader, validation_loader) = Net(), loaders()
-    freezing = NeuronFreezerCallback(neq.AtEquilibrium(eps=1e-3), exclude=["head"])
-    settings = {"accelerator": "cpu", "logger": False, "enable_model_summary": False}
-    saving = ModelCheckpoint("checkpoints", save_last=True)
-    trainer = Trainer(max_epochs=2, callbacks=[freezing, saving], **settings)
-    trainer.fit(model, loader, validation_loader)
-    trainer = Trainer(max_epochs=4, callbacks=[freezing, saving], **settings)
-    trainer.fit(model, loader, validation_loader, ckpt_path="checkpoints/last.ckpt")
-    assert freezing.freezer.epoch == 4

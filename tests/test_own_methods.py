@@ -1,4 +1,4 @@
-"""Methods of a user's own: a freezer (the README's), a pruner and a regulariser, in a suite."""
+"""Methods of a user's own: a freezer (the docs'), a pruner and a regulariser, in a suite."""
 
 import ast
 import csv

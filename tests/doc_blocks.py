@@ -1,0 +1,146 @@
+"""Blocks of a page in Markdown, as examples that can be evaluated in order.
+
+`python` is executed, and what it prints is held against a `text` block behind it. `console` is run
+line by line, and its output held against what is shown. A block with a title is written to that
+file. `sh` is what needs a cluster, a GPU, a download or much time: `doc_commands` checks it.
+"""
+
+import difflib
+import io
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import doc_commands
+from sybil import Region, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, RawFencedCodeBlockLexer
+
+INFO = re.compile(r'(?P<language>\S*)(?: title="(?P<title>[^"\n]+)")?[ \t]*$\n', re.MULTILINE)
+SHOWN_ONLY = {"toml", "yaml", "json", "html", "bibtex", "text"}
+MEASURED = "<!-- measured -->"
+NOT_RUN = re.compile(r"<!-- not run: .+ -->$")
+PATIENCE = 240
+
+FENCES = RawFencedCodeBlockLexer(INFO)
+HIDDEN = DirectiveInHTMLCommentLexer("invisible-code-block", "python|console")
+
+
+def examples(path):
+    """What is to be evaluated of a page, in order; of a page's examples each can fail."""
+    return list(Sybil([_parse], path=str(path.parent)).parse(path).examples())
+
+
+def _parse(document):
+    for region in FENCES(document):
+        before = document.text[: region.start].rstrip().rpartition("\n")[2].strip()
+        title, language = region.lexemes["title"], region.lexemes["language"]
+        evaluate = _written if title else EVALUATORS.get(language)
+        if language == "python" and NOT_RUN.match(before):
+            evaluate = _compiled
+        if evaluate is None:
+            line = document.line_column(region.start)
+            raise ValueError(f"{document.path}, {line}: no block may be in {language or 'nothing'}")
+        yield Region(region.start, region.end, region.lexemes["source"], evaluate)
+    for region in HIDDEN(document):
+        evaluate = EVALUATORS[region.lexemes["arguments"].strip()]
+        yield Region(region.start, region.end, region.lexemes["source"], evaluate)
+
+
+def _measured(example):
+    before = example.document.text[: example.region.start].rstrip()
+    return before.endswith(MEASURED)
+
+
+def _written(example):
+    title = re.search(r'title="([^"]+)"', example.document.text[example.region.start :])[1]
+    file = Path(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(example.parsed, encoding="utf-8")
+
+
+def _compiled(example):
+    compile(example.parsed, example.path, "exec")
+
+
+def _executed(example):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        PythonEvaluator()(example)
+    example.namespace["_printed"] = printed.getvalue()
+
+
+def _text(example):
+    """What the Python before it has printed; else only words, and nothing is compared."""
+    before = example.document.text[: example.region.start].rstrip()
+    before = before.removesuffix(MEASURED).rstrip()
+    printed = example.namespace.pop("_printed", "")
+    if before.endswith("```") and printed:
+        agree(example.parsed, printed, _measured(example))
+
+
+def _run(example):
+    for command, shown in _commands(example.parsed):
+        environment = os.environ | {"COLUMNS": "80", "RAY_AUTH_MODE": "disabled"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+        )
+        refused = shown.lstrip().startswith("error:")
+        assert (done.returncode != 0) == refused, f"$ {command}\n{done.stdout}"
+        if shown:
+            agree(shown, done.stdout, _measured(example), command)
+
+
+def _commands(source):
+    """Each command of a block, with the output that is shown for it."""
+    for part in re.split(r"^\$ ", source, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines()
+        last = next(at for at, line in enumerate(lines) if not line.endswith("\\"))
+        yield "\n".join(lines[: last + 1]), "\n".join(lines[last + 1 :]).strip()
+
+
+def _checked(example):
+    for command in doc_commands.commands(example.parsed):
+        doc_commands.check(command)
+
+
+EVALUATORS = {
+    **dict.fromkeys(SHOWN_ONLY - {"text"}, lambda example: None),
+    "text": _text,
+    "python": _executed,
+    "console": _run,
+    "sh": _checked,
+}
+
+
+def agree(shown, printed, measured, command=""):
+    """Fail unless `printed` is what is shown: `…` is any text, runs of blanks are one.
+
+    `measured`: decimals, and numbers before a unit, need only be numbers.
+    """
+    words = [_words(text, measured) for text in (shown, printed)]
+    pattern = ".*?".join(re.escape(part.strip()) for part in words[0].split("…"))
+    pattern = re.sub(r"(?:\.\*\?)", r"\\s*.*?\\s*", pattern)
+    if not re.fullmatch(pattern, words[1], re.DOTALL):
+        lines = [text.strip().splitlines() for text in (shown, printed)]
+        difference = "\n".join(difflib.unified_diff(*lines, "shown", "printed", lineterm=""))
+        raise AssertionError(f"$ {command}\n{difference}")
+
+
+def _words(text, measured):
+    text = re.sub("─+", "─", text)
+    if measured:
+        text = re.sub(r"[−+-]?\d[\d,]*\.\d+(e-?\d+)?", "#", text)
+        text = re.sub(r"\d[\d,]*(?= ?(s|ms|µs|min|h|[KMG]iB|[kMG]B|%)(\W|$))", "#", text)
+        text = re.sub("[█▏▎▍▌▋▊▉▇▆▅▄▃▂▁]+", "█", text)
+    return " ".join(text.split())
