@@ -178,7 +178,7 @@ def selecting() -> bool:
     """
     if torch.compiler.is_compiling() or transformed():
         return False
-    if torch._C._is_tracing() or fx._symbolic_trace._is_fx_tracing_flag:
+    if torch._C._is_tracing() or fx._symbolic_trace.is_fx_symbolic_tracing():
         return False
     return torch.is_grad_enabled() and forward_ad._current_level < 0
 

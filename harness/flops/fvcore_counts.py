@@ -1,10 +1,18 @@
-"""Multiply-accumulates of a forward, from fvcore: three of its rules replaced, three added."""
+"""Multiply-accumulates of a forward, from fvcore: three of its rules replaced, three added.
 
+Nothing else imports fvcore, which traces with torch.jit, and torch has deprecated that. On a torch
+without it no FLOPs are counted: `run` and `flops` end with one line that says so. `neq`, seconds,
+memory, stored results and the oracle (torch's own counter) do without fvcore.
+"""
+
+import importlib
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +21,7 @@ from torch import Tensor, nn
 from torch.random import fork_rng
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from harness.errors import UserError
 from neq import NeuronIndex
 from neq.calls import Arguments, tensors
 
@@ -62,12 +71,25 @@ class _Traceable(nn.Module):
         return tuple(tensors(self.model(*args, **kwargs)))
 
 
+def _fvcore_nn() -> ModuleType:
+    """fvcore's module, imported without the warning that torch.jit is going."""
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", ".*torch.jit", category)
+            return importlib.import_module("fvcore.nn")
+    except (ImportError, AttributeError) as error:
+        reason = str(error).partition(" (")[0]  # what follows is a path
+        raise UserError(
+            f"FLOPs can't be counted: fvcore, which counts them, does not load on torch "
+            f"{torch.__version__} ({reason}); it needs torch.jit: install an older torch"
+        ) from error
+
+
 def _fvcore(model: nn.Module, call: Arguments) -> tuple[dict[str, Counter[str]], set[str]]:
     """By name of the module, "model.…" but for the whole, and the operators without a rule."""
-    from fvcore.nn import FlopCountAnalysis
-
     traceable = _Traceable(model, call)
-    analysis = FlopCountAnalysis(traceable, traceable.inputs)
+    analysis = _fvcore_nn().FlopCountAnalysis(traceable, traceable.inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
     analysis.set_op_handle("aten::_convolution_mode", _convolution_mode)
     analysis.set_op_handle("aten::baddbmm", _baddbmm)

@@ -85,6 +85,8 @@ def costs_of(
     given = inputs if isinstance(inputs, Inputs) else Inputs.of(inputs)
     try:
         costs = count_costs(module, given.zeros(BATCH), unpublished)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"the model does not run on an input of {given} "
