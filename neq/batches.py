@@ -69,7 +69,7 @@ def masks_of_call(
 
 def check_batches(batches: Any) -> None:
     """Raises TypeError for a single batch where an iterable of batches is wanted."""
-    if isinstance(batches, Mapping):
+    if isinstance(batches, (Mapping, Tensor)):
         raise TypeError("one batch where an iterable of batches is wanted: put it into a list")
 
 

@@ -23,7 +23,7 @@ from neq.neurons import NeuronIndex, unwrapped
 from neq.optimizers import given, parameters_of, then
 from neq.parallel import broadcast, broadcast_buffers, first_given
 from neq.plain import plain
-from neq.policies import AtEquilibrium, Policy
+from neq.policies import AtEquilibrium, Policy, check_policy
 from neq.required import RequiredFlops
 from neq.same import Structure, check_whole
 from neq.timings import Timings
@@ -76,6 +76,7 @@ class NeuronFreezer:
             raise ValueError(f"gradient must be 'exact' or 'cut', got {gradient!r}")
         if isinstance(exclude, str):
             raise ValueError(f"exclude must be a list of names; write [{exclude!r}]")
+        check_policy(policy)
         self._optimizers = given(optimizer)
         self.policy: Policy = AtEquilibrium() if policy is None else policy
         self.similarity: Similarity = similarity

@@ -45,6 +45,12 @@ class Policy(Protocol):
         ...
 
 
+def check_policy(policy: Policy | None) -> None:
+    """Raises TypeError for what is no policy: a class of one, for example."""
+    if policy is not None and (isinstance(policy, type) or not hasattr(policy, "frozen")):
+        raise TypeError(f"policy must be one such as neq.AtEquilibrium(), not {policy!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class NoVelocity:
     """What a policy has that looks at no velocity."""

@@ -154,6 +154,7 @@ def test_wrong_input_is_one_line_and_exit_2(tmp_path, monkeypatch, neqbench, arg
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
+    assert result.stderr.count("suite digits: ") < 2
 
 
 def test_wrong_input_in_a_process_of_its_own():

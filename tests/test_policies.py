@@ -16,6 +16,19 @@ def velocity(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("policy", [neq.AtEquilibrium, "neq", 1e-3])
+def test_what_is_no_policy_is_refused(net, policy):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"policy must be one such as neq\.AtEquilibrium\(\)"):
+        neq.NeuronFreezer(net, optimizer, policy)
+
+
+def test_one_tensor_is_no_batches(net):
+    freezer = neq.NeuronFreezer(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="put it into a list"):
+        freezer.update(torch.zeros(5, 3, 6, 6))
+
+
 def test_equilibrium_is_strict_in_the_paper_and_not_in_the_reference():
     v = velocity(0.0, 1e-3, -1e-3, 5e-4, -0.2, math.nan)
     paper = neq.AtEquilibrium(eps=1e-3).frozen(3, None, v)

@@ -83,7 +83,7 @@ def check_model(
             parts_, lambda: parts.build_model(parts_.build, folder, parts_.arguments)
         )
     except UserError as error:
-        raise UserError(f"suite {suite.name}: {error}") from None
+        raise _named(suite, error) from None
     if alike:
         warn(f"suite {suite.name}: {alike}")
     _tell_uncounted(suite, "", costs, warn)
@@ -133,7 +133,7 @@ def check_methods(trials: Sequence[TrialSpec], model: nn.Module, costs: Costs) -
                 if trial.method_spec.may_freeze:
                     _check_freezable(suite, counted)
         except UserError as error:
-            raise UserError(f"suite {suite.name}: {error}") from None
+            raise _named(suite, error) from None
 
 
 def _check_freezable(suite: Suite, costs: Costs) -> None:
@@ -277,12 +277,18 @@ def _outputs(suite: Suite, model: nn.Module, inputs: Tensor) -> Any:
         ) from error
 
 
+def _named(suite: Suite, error: UserError) -> UserError:
+    """The error with the suite's name in front, which some have already."""
+    where = f"suite {suite.name}: "
+    return UserError(where + str(error).removeprefix(where))
+
+
 @contextmanager
 def _blaming(suite: Suite) -> Iterator[None]:
     """Inside, errors of the task become UserErrors with the suite's name."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"suite {suite.name}: {error}") from None
+        raise _named(suite, error) from None
     except Exception as error:
         raise UserError(f"suite {suite.name}: {suite.task} failed: {with_origin(error)}") from error

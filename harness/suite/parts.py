@@ -30,7 +30,7 @@ def load_part(reference: str, folder: Path | str) -> Any:
     try:
         return reduce(getattr, reference.partition(":")[2].split("."), _module(reference, folder))
     except AttributeError as error:
-        raise UserError(f"{reference!r} cannot be loaded: {error}") from error
+        raise UserError(f"{reference!r} cannot be loaded: it has no {error.name!r}") from error
 
 
 def _module(reference: str, folder: Path | str) -> Any:

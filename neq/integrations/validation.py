@@ -9,15 +9,14 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from neq.batches import check_batches
 from neq.parallel import workers
-from neq.policies import Policy
+from neq.policies import Policy, check_policy
 
 BATCH = 32  # samples, where a loader does not say
 
 
 def check_choice(policy: Policy | None, samples: int, batches: Iterable[Any] | None) -> None:
     """Raises TypeError and ValueError for what no callback can decide by, or on."""
-    if policy is not None and (isinstance(policy, type) or not hasattr(policy, "frozen")):
-        raise TypeError(f"policy must be one such as neq.AtEquilibrium(), not {policy!r}")
+    check_policy(policy)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     check_batches(batches)
