@@ -29,9 +29,17 @@ FENCES = RawFencedCodeBlockLexer(INFO)
 HIDDEN = DirectiveInHTMLCommentLexer("invisible-code-block", "python|console")
 
 
+BLOCK = re.compile(r"^ *(```\S|<!-- *invisible)", re.MULTILINE)
+
+
 def examples(path):
-    """What is to be evaluated of a page, in order; of a page's examples each can fail."""
-    return list(Sybil([_parse], path=str(path.parent)).parse(path).examples())
+    """What is to be evaluated of a page, in order; a ValueError where a block would be left out."""
+    document = Sybil([_parse], path=str(path.parent)).parse(path)
+    found = list(document.examples())
+    blocks = len(BLOCK.findall(document.text))
+    if blocks != len(found):
+        raise ValueError(f"{path}: {blocks} blocks, of which {len(found)} are understood")
+    return found
 
 
 def _parse(document):
@@ -77,9 +85,8 @@ def _text(example):
     """What the Python before it has printed; else only words, and nothing is compared."""
     before = example.document.text[: example.region.start].rstrip()
     before = before.removesuffix(MEASURED).rstrip()
-    printed = example.namespace.pop("_printed", "")
-    if before.endswith("```") and printed:
-        agree(example.parsed, printed, _measured(example))
+    if before.endswith("```") and "_printed" in example.namespace:
+        agree(example.parsed, example.namespace.pop("_printed"), _measured(example))
 
 
 def _run(example):
@@ -87,7 +94,7 @@ def _run(example):
         environment = os.environ | {"COLUMNS": "80", "RAY_AUTH_MODE": "disabled"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-c", command],
+            ["bash", "-o", "pipefail", "-c", command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -103,7 +110,9 @@ def _run(example):
 
 def _commands(source):
     """Each command of a block, with the output that is shown for it."""
-    for part in re.split(r"^\$ ", source, flags=re.MULTILINE)[1:]:
+    before, *parts = re.split(r"^\$ ", source, flags=re.MULTILINE)
+    assert parts and not before.strip(), "a console block begins with `$ `"  # noqa: PT018
+    for part in parts:
         lines = part.splitlines()
         last = next(at for at, line in enumerate(lines) if not line.endswith("\\"))
         yield "\n".join(lines[: last + 1]), "\n".join(lines[last + 1 :]).strip()
@@ -128,13 +137,27 @@ def agree(shown, printed, measured, command=""):
 
     `measured`: decimals, and numbers before a unit, need only be numbers.
     """
-    words = [_words(text, measured) for text in (shown, printed)]
-    pattern = ".*?".join(re.escape(part.strip()) for part in words[0].split("…"))
-    pattern = re.sub(r"(?:\.\*\?)", r"\\s*.*?\\s*", pattern)
-    if not re.fullmatch(pattern, words[1], re.DOTALL):
+    parts = [part.strip() for part in _words(shown, measured).split("…")]
+    if not _holds(_words(printed, measured), parts):
         lines = [text.strip().splitlines() for text in (shown, printed)]
         difference = "\n".join(difflib.unified_diff(*lines, "shown", "printed", lineterm=""))
         raise AssertionError(f"$ {command}\n{difference}")
+
+
+def _holds(text, parts):
+    """Whether the text is the parts in their order, with anything between two of them."""
+    first, *between = parts
+    if not between:
+        return text == first
+    *between, last = between
+    at, end = len(first), len(text) - len(last)
+    if not text.startswith(first) or not text.endswith(last):
+        return False
+    for part in between:
+        at = text.find(part, at, end) + len(part)
+        if at < len(part):
+            return False
+    return at <= end
 
 
 def _words(text, measured):

@@ -8,7 +8,9 @@ from pathlib import Path
 import typer
 
 from harness.cli import app
-from harness.suite.files import load_experiments, shipped_suites
+from harness.report.gates import gates
+from harness.run.trials import chosen_methods, chosen_seeds
+from harness.suite.files import load_experiments
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -72,10 +74,12 @@ def neqbench(arguments):
     if "--help" in rest:
         return
     parsed = verb.make_context(name, rest, parent=context).params
-    if parsed.get("suite") in shipped_suites():
-        points, _ = load_experiments(parsed["suite"], parsed.get("settings") or ())
-        for method in (parsed.get("methods") or "").split(","):
-            assert not method or any(method.split(" ")[0] in " ".join(p.methods) for p in points)
+    gates(parsed.get("fail_on") or ())
+    chosen_seeds(parsed.get("seeds") or "0")
+    suite = parsed.get("suite")
+    if suite and "/" not in suite and not (Path(suite) / "suite.toml").exists():
+        points, _ = load_experiments(suite, parsed.get("settings") or ())
+        chosen_methods(points[0], parsed.get("methods"))
 
 
 def _make(arguments):
@@ -88,6 +92,7 @@ def _pip(arguments):
         extras = re.match(r"(?:neqbench|\.)\[([\w,-]+)\]", word)
         for extra in extras[1].split(",") if extras else ():
             assert extra in PROJECT["optional-dependencies"], f"no extra {extra}"
+        assert extras or not word.startswith("neqbench") or word == "neqbench", f"no {word}"
 
 
 def _python(arguments):

@@ -54,7 +54,6 @@ $ cat a/b.toml && \\
   echo more
 x = 1
 more
-$ exit 2
 ```
 
 <!-- measured -->
@@ -70,33 +69,45 @@ neqbench run digits --set recipe.epochs=2   # some words
 
 
 def test_a_right_page_passes(tmp_path, monkeypatch):
-    evaluated(page_of(tmp_path, monkeypatch, RIGHT.replace("$ exit 2\n", "")))
+    evaluated(page_of(tmp_path, monkeypatch, RIGHT))
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("three = 3", "three = 4"),
+        ('print(three, "sheep")', "three"),
+        ("$ cat", "cat"),
+        ("$ cat", "$ false | cat\n$ cat"),
+        ("$ cat", "$ exit 2\n$ cat"),
         ("3 …", "3 … goats"),
         ("x = 1\nmore", "x = 2\nmore"),
         ("12 steps\n```", "13 steps\n```"),
         ("a/b.toml && ", "a/c.toml && "),
         ("recipe.epochs=2", "recipe.epoch=2"),
-        ("run digits", "run digit5 --nothing"),
+        ("run digits", "run digit5"),
         ("--set ", "--sets "),
-        ("$ exit 2", "$ exit 2"),
     ],
 )
 def test_a_wrong_page_fails(tmp_path, monkeypatch, old, new):
-    text = RIGHT if old == new else RIGHT.replace("$ exit 2\n", "").replace(old, new)
-    found = page_of(tmp_path, monkeypatch, text)
+    assert old in RIGHT
+    found = page_of(tmp_path, monkeypatch, RIGHT.replace(old, new))
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the block itself raises
         evaluated(found)
 
 
-def test_a_block_must_say_what_it_is_in(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no block may be in nothing"):
-        page_of(tmp_path, monkeypatch, "```\nx\n```\n")
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("```\nx\n```\n", "no block may be in nothing"),
+        ("```python hl_lines=1\nx\n```\n", "1 blocks, of which 0"),
+        ("<!-- invisible-code-block: bash\nx\n-->\n", "1 blocks, of which 0"),
+        ("<!-- invisible-code: python\nx\n-->\n", "1 blocks, of which 0"),
+    ],
+)
+def test_no_block_is_left_out(tmp_path, monkeypatch, block, message):
+    with pytest.raises(ValueError, match=message):
+        page_of(tmp_path, monkeypatch, block)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,11 @@ def test_a_block_must_say_what_it_is_in(tmp_path, monkeypatch):
         "python -m harness run digits --executor slurm",
         "ray upwards cluster/ray-cluster.yaml",
         "make bench && rm everything",
+        "neqbench run digit5",
+        "neqbench run digits --methods neq-grou",
+        "neqbench run digits --seeds x-y",
+        "neqbench compare a b --fail-on bogus<3",
+        "pip install neqbenchh",
     ],
 )
 def test_a_command_that_is_none_is_found(line):
@@ -118,5 +134,11 @@ def test_a_command_that_is_none_is_found(line):
 
 def test_what_is_shown_is_compared():
     agree("a … d", "a  b\n c d", measured=False)
+    agree("…\nb … d …", "a b c d e", measured=False)
+    many = " … ".join("abcdefgh")
+    with pytest.raises(AssertionError, match="printed"):
+        agree(f"{many} … i", "a b c d e f g h " * 300, measured=False)
+    with pytest.raises(AssertionError, match="printed"):
+        agree("ab … ba", "aba", measured=False)
     with pytest.raises(AssertionError, match=r"\+b"):
         agree("a", "b", measured=False)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [path for part in ("harness", "neq", "suites") for path in (ROOT / part).rglob("*.py")]
 LEAST = 6  # characters in a row that tell a message from others
 # How what takes a message is called, at its end.
-MAKING = ("Error", "missing", "_wrong", "warn", "_tell", "Notice", "super().__init__")
+MAKING = ("Error", "missing", "_wrong", "warn", "_tell", "Notice", "super().__init__", "Finding")
 RETURNING = {  # functions that return a message, or a part of one
     *("no_gpu", "_refused", "_reason", "cause_of_death", "too_long", "_lacking", "_lacking_gpu"),
     *("check_beginnings", "lost_link", "_paths_alone", "never", "_uncounted"),
@@ -60,11 +60,16 @@ def pieces(node: ast.expr) -> list[str]:
     return []
 
 
+def either(text: ast.expr) -> list[ast.expr]:
+    return [text.body, text.orelse] if isinstance(text, ast.IfExp) else [text]
+
+
 def messages(source: str) -> Iterator[list[str]]:
     for node in ast.walk(ast.parse(source)):
         texts: list[ast.expr] = []
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(MAKING):
-            texts = node.args
+            texts = node.args[1:] if ast.unparse(node.func) == "Finding" else node.args
+            texts = [part for text in texts for part in either(text)]
         elif isinstance(node, ast.FunctionDef) and node.name in RETURNING:
             returns = [part for part in ast.walk(node) if isinstance(part, ast.Return)]
             yield from ([plain(p) for p in pieces(r.value)] for r in returns if r.value)
@@ -108,6 +113,7 @@ def test_every_entry_is_of_a_message():
         'raise ValueError("nobody has written of this" + more)',
         'raise self._wrong(name, f"nobody has {written} of this")',
         'warnings.warn(f"{layer} is nobody\'s", stacklevel=2)',
+        'yield Finding("GPU", f"{driver}: nobody has written of this")',
         'def no_gpu():\n    return f"nobody has {written} of this"',
     ],
 )

@@ -87,25 +87,26 @@ def test_every_key_of_a_suite_s_file():
 
 
 def test_every_parameter_of_every_method():
-    rows, stated = {}, defaultdict(list)
+    rows, own, shared = {}, {}, defaultdict(list)
     for _, head, body in tables("methods.md"):
         for row in body:
             if head[0] == "parameter":
-                stated[NAME.search(row[0])[1]].append(value(row[1]))
+                shared[NAME.search(row[0])[1]].append(value(row[1]))
             else:
-                rows[row[0].strip("`")] = row[2]
-                for name, default in re.findall(r"`(\w+)` \(([^)]*)\)", row[2]):
-                    stated[name].append(value(default))
-    stated["units"].append("weights")
+                kind = row[0].strip("`")
+                rows[kind] = row[2]
+                found = re.findall(r"`(\w+)` \(([^)]*)\)", row[2])
+                own[kind] = {name: [value(default)] for name, default in found}
+    shared["units"].append("weights")
     assert rows.keys() == KINDS.keys() - {"own"}
-    for kind in rows:
+    for kind, row in rows.items():
+        of_another = own["gradual"] if re.search("those of (`gradual`|shrinking)", row) else {}
         for name, field in KINDS[kind].model_fields.items():
             default = (PLATEAUS | SCHEDULE).get(name, field.default)
             wanted = "needed" if field.is_required() else default
-            if name != "kind" and wanted is not None:
-                assert wanted in stated[name], f"{kind}: {name}"
-            if field.is_required() and name != "kind":
-                assert f"`{name}` (needed" in rows[kind] or "those of `gradual`" in rows[kind]
+            stated = own[kind].get(name) or shared[name] + of_another.get(name, [])
+            assert name == "kind" or stated, f"{kind}: {name}"
+            assert name == "kind" or wanted is None or wanted in stated, f"{kind}: {name}"
 
 
 @pytest.mark.parametrize("page", ["suite-file.md", "methods.md", "sweeps.md"])

@@ -48,3 +48,17 @@ def test_without_torch_jit_one_line_says_why_nothing_is_counted(monkeypatch, lac
     with pytest.raises(UserError, match=r"FLOPs can't be counted: .*torch\.jit") as error:
         count_costs(nn.Sequential(nn.Linear(3, 2)), (3,))
     assert "\n" not in str(error.value)
+
+
+def test_without_fvcore_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fvcore"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
+    with pytest.raises(UserError, match=r"fvcore.*is not installed; pip install fvcore"):
+        count_costs(nn.Sequential(nn.Linear(3, 2)), (3,))
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "fvcore":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -91,7 +91,8 @@ def _versions() -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             missing.append(name)
     if [name for name in missing if name != "neqbench"]:  # which a job brings along
-        yield Finding("versions", f"{', '.join(missing)} not installed; run make setup")
+        mend = "run make setup in a checkout, else pip install neqbench again"
+        yield Finding("versions", f"{', '.join(missing)} not installed; {mend}")
     else:
         yield Finding("versions", found=", ".join(found))
 

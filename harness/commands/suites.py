@@ -85,7 +85,9 @@ def _print_methods(points: Sequence[Suite], console: Console) -> None:
     shown = table("method", "by default", "parameters")
     shown.columns[0].no_wrap = True
     for method, spec in suite.methods.items():
-        values = spec.model_dump(mode="json", exclude_unset=True, exclude={"kind"})
+        values = spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        kind = values.pop("kind", method)
+        values = ({} if kind == method else {"kind": kind}) | values
         shown.add_row(method, "yes" if method in _chosen(suite) else "", listed(values))
     console.print(shown)
     say(f"neqbench run {suite.name} --methods … runs those that you name.", console, "dim")

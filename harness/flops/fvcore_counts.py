@@ -79,6 +79,12 @@ def _fvcore_nn() -> ModuleType:
                 warnings.filterwarnings("ignore", ".*torch.jit", category)
             return importlib.import_module("fvcore.nn")
     except (ImportError, AttributeError) as error:
+        missing = getattr(error, "name", None) or ""
+        if isinstance(error, ModuleNotFoundError) and not missing.startswith("torch"):
+            raise UserError(
+                f"FLOPs can't be counted: {missing}, which that needs, is not installed; "
+                "pip install fvcore"
+            ) from error
         reason = str(error).partition(" (")[0]  # what follows is a path
         raise UserError(
             f"FLOPs can't be counted: fvcore, which counts them, does not load on torch "

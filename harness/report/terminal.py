@@ -1,6 +1,7 @@
 """The report in a terminal, readable from 80 columns on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -88,7 +89,16 @@ def _print_grid(table: Table, console: Console) -> None:
 def _print_notes(table: Table, console: Console, named: str = "") -> None:
     for note in table.notes:
         say(note, console, style="dim")
-    hidden = dict.fromkeys(c.title for c in table.columns if c.wide and console.width < WIDE)
+    hidden = dict.fromkeys(_hidden(table)) if console.width < WIDE else {}
     if hidden:
         more = f"From {WIDE} columns on, {named}also: {', '.join(hidden)}."
         say(more, console, style="dim")
+
+
+def _hidden(table: Table) -> Iterator[str]:
+    """What a narrow terminal leaves out; by the column before it, where another has its title."""
+    shown = {column.title for column in table.columns if not column.wide}
+    for before, column in pairwise(table.columns):
+        if column.wide:
+            of = f" of {before.title}" if column.title in shown else ""
+            yield column.title + of
