@@ -60,6 +60,7 @@ def test_the_docs_show_this_loop():
     assert loop_of(PAGE.read_text()) == loop_of(SCRIPT.read_text())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same(tmp_path, whole):
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     command = [sys.executable, "-W", "ignore", SCRIPT, tmp_path, "21"]  # within the last epoch

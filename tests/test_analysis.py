@@ -86,6 +86,7 @@ def accuracy_of_probe(model, data):
     return float((fitted.predict(scaler.transform(tables[2])) == tables[3]).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["baseline", "gradual"])
 def test_values_are_those_of_the_model_that_is_kept(tmp_path, method):
     spec = analysed(method, *BOTH)
@@ -115,6 +116,7 @@ def test_values_are_those_of_the_model_that_is_kept(tmp_path, method):
         assert lanczos(model, [(images, labels)]) != pytest.approx(value, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["baseline", "serene"])
 def test_resumed_to_the_bit(tmp_path, method):
     spec = analysed(method, *BOTH)
@@ -131,6 +133,7 @@ def test_resumed_to_the_bit(tmp_path, method):
     assert measures(tmp_path / "through", spec)[4].keys() >= {"probe_metric", *EVERY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["baseline", "serene"])
 def test_looking_changes_nothing(tmp_path, method):
     with_, without = analysed(method, *BOTH), analysed(method)
@@ -147,6 +150,7 @@ def test_looking_changes_nothing(tmp_path, method):
     assert len(flops.drop_duplicates()) == 1
 
 
+@pytest.mark.slow
 def test_frozen_layers_are_looked_at_as_a_whole(tmp_path):
     """A freezer's layers skip rows in a backward; the Hessian has them all the same."""
     spec = small("freeze_after", WIDTH, SHARPNESS)
@@ -174,6 +178,7 @@ def test_the_same_samples_for_all(tmp_path):
         assert torch.equal(labels, wanted[1])
 
 
+@pytest.mark.slow
 def test_two_workers_see_what_one_sees(tmp_path, own):  # noqa: F811
     settings = ["sharpness={samples=61, every=3, tolerance=0.01}", "probe={load='parts:load'}"]
     one = small("baseline", *settings, suite=str(own))
@@ -244,6 +249,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_bad_input_is_found_before_the_first_trial(wrong):
     settings, message = WRONG[wrong]
@@ -307,6 +313,7 @@ def nothing(options):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loader, message",
     [
@@ -374,6 +381,7 @@ LEFT = """    @property
     def measures"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["n", "'fc'"])
 def test_a_pruner_of_ones_own_may_say_what_is_left(toys, name):
     path = toys / "pruner.py"
@@ -402,6 +410,7 @@ def test_the_shipped_suites(name):
     assert len(sparsities) == 1
 
 
+@pytest.mark.slow
 def test_the_transfer_suite_on_noise():
     """All its methods, the narrower model among them, have the layer that is probed."""
     settings = ["data.validation_size=10", "recipe.epochs=2"]

@@ -225,6 +225,7 @@ def mesh(tmp_path):
 WHOLE = "NeuronFreezer needs whole parameters, and .* is sharded .* use DistributedDataParallel"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_models_are_refused(net, mesh):
     def part(net):

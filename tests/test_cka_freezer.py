@@ -147,6 +147,7 @@ def worker(rank, world, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_values_do_not_depend_on_the_number_of_workers(tmp_path, world):

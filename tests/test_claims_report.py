@@ -240,6 +240,7 @@ def test_a_control_of_another_size_is_not_named(kept):
     assert text.count(f"{note} 30.0 % | 10.0 %.") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overhead, told", [(1.5, "yes"), (15, "× 1.05"), (30, "× 1.10")])
 def test_other_training_flops_have_no_verdict(kept, overhead, told):
     report = kept(overhead=overhead)
@@ -276,6 +277,7 @@ UNLIKE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, left, why", UNLIKE)
 def test_other_sparsities_are_refused_in_words(kept, settings, left, why):
     report = kept(METRIC, *settings, **left)

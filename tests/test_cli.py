@@ -24,6 +24,7 @@ def small(root, *more):
     return ["run", "digits", *settings, *words, *more]
 
 
+@pytest.mark.slow
 def test_run_resume_report(tmp_path, neqbench):
     arguments = small(tmp_path, "--methods", "baseline,neq", "--seeds", "0-1")
     first = neqbench(*arguments)
@@ -51,6 +52,7 @@ def test_run_resume_report(tmp_path, neqbench):
     assert more.stdout.count("done    digits") == 2  # a suite that grows runs only what is new
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_exit_1_and_kept_until_asked_for(tmp_path, neqbench):
     settings = ["--set", "recipe.optimizer.lr=1e30", "--seeds", "0", "--methods", "baseline"]
     first = neqbench(*small(tmp_path, *settings))
@@ -66,6 +68,7 @@ def test_a_failed_trial_is_exit_1_and_kept_until_asked_for(tmp_path, neqbench):
     assert pd.read_parquet(tmp_path / "digits/trials")["attempts"].tolist() == [2]
 
 
+@pytest.mark.slow
 def test_published_counts(neqbench):
     suite = json.loads(neqbench("flops", "cifar10", "--format", "json").stdout)
     assert suite["backward"]["paper"] == 138_937_600
@@ -83,6 +86,7 @@ def test_published_counts(neqbench):
     assert "3,638,081,536" in people
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     [
@@ -157,6 +161,7 @@ def test_wrong_input_is_one_line_and_exit_2(tmp_path, monkeypatch, neqbench, arg
     assert result.stderr.count("suite digits: ") < 2
 
 
+@pytest.mark.slow
 def test_wrong_input_in_a_process_of_its_own():
     arguments = [NEQBENCH, "run", "digits", "--set", "recipe.epochs=0"]
     result = subprocess.run(arguments, capture_output=True, text=True)
@@ -178,6 +183,7 @@ def start(*arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path, number):
     settings = [*SMALL, "recipe.epochs=10"]
@@ -200,6 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, number):
     assert_same_results(spec, tmp_path / "through", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_stop_a_run(tmp_path):
     with start(*small(tmp_path, "--methods", "baseline,random", "--seeds", "0-1")) as process:
         process.stdout.readline()
@@ -242,6 +249,7 @@ def tiny(root, *more):
     return ["run", "imagenet", *sets, *choice, "--results", root, *more]
 
 
+@pytest.mark.slow
 def test_synthetic_results_say_so_and_stand_apart(tmp_path, neqbench):
     done = neqbench(*tiny(tmp_path, "--synthetic"))
     assert done.returncode == 0, done.stderr
@@ -280,6 +288,7 @@ PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 LINES = [line for page in PAGES for line in page.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_docs_sweeps_can_be_run():
     lines = [line for line in LINES if line.startswith("neqbench run digits") and "=[" in line]
     counts = []
@@ -293,6 +302,7 @@ def test_the_docs_sweeps_can_be_run():
     assert counts == [[4], [3, 3]]
 
 
+@pytest.mark.slow
 def test_the_docs_synthetic_lines_can_be_run():
     lines = [line for line in LINES if line.startswith("neqbench run") and "--synthetic" in line]
     assert len(lines) == 3

@@ -47,6 +47,7 @@ def change(compared, quantity):
 LOSS = ("--fail-on", "metric<-0.5pp", "--fail-on", "saved<-1pp")
 
 
+@pytest.mark.slow
 def test_the_same_results_pass(neqbench, a, b):
     result, value = found(neqbench, a, b, *LOSS, "--fail-on", "seconds>20%")
     assert result.returncode == 0

@@ -57,6 +57,7 @@ def none_is_zero(gradient, like):
     return torch.zeros_like(like) if gradient is None else gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_does_in_a_graph_what_it_does_in_eager_mode(kind, cut):
@@ -90,6 +91,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "gradient", "autocast"),
     [("sgd", "exact", False), ("adamw", "exact", True), ("adamw", "cut", False)],
@@ -149,6 +151,7 @@ class Shared(nn.Module):
         return self.fc(self.conv(x).mean((2, 3))) + self.fc.weight.square().sum(1)
 
 
+@pytest.mark.slow
 def test_with_the_default_backend():
     torch.manual_seed(0)
     net = Shared()
@@ -181,6 +184,7 @@ def test_layers_whole_from_the_entrance_on_are_one_graph_for_each_set(net):
     assert graphs_after() == 3
 
 
+@pytest.mark.slow
 def test_there_is_always_room_for_another_set():
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(7)))
     call = torch.compile(net, backend="eager")
@@ -208,6 +212,7 @@ def backward_flops(call, shape=(3, 6, 6)):
 MASKED = {"rows": [], "a middle layer": ["grouped"], "the entrance": ["conv", "bn"], "all": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["compile", "torch.compile"])
 @pytest.mark.parametrize("gradient", ["exact", "cut"])
 def test_what_is_counted_is_executed(net, gradient, how):
@@ -260,6 +265,7 @@ def test_the_freezer_may_come_before_the_compiler_and_go(net):
     assert type(net.conv) is nn.Conv2d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])  # eager: dynamo sees the backward, too
 def test_a_compiled_step_freezes_the_rows(net, backend):
     net.drop.p = 0.0
@@ -363,6 +369,7 @@ def test_transforms_and_export_see_plain_layers():
         assert not any("neq" in str(node.target) for node in exported.graph.nodes)
 
 
+@pytest.mark.slow
 def test_batches_of_any_size(net):
     net.drop.p = 0.0
     eager = copy.deepcopy(net)

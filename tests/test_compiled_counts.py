@@ -40,6 +40,7 @@ FEW = ["fused attention", "grouped", "biases only"]
 COUNTED = {"net": (Net(), SHAPE)} | {name: SMALL[name] for name in FEW}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["exact", "cut"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_counted_is_what_a_compiled_backward_executes(name, gradient):

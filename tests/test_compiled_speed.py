@@ -107,6 +107,7 @@ def graphs():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize("how", [*WAYS, "a step"])
 def test_timed_steps_are_compiled_whole_and_compile_nothing(how, monkeypatch):

@@ -113,6 +113,7 @@ def test_a_key_has_it_only_where_it_is_set(folder):
         toy(folder, "neq", "recipe.compile=perhaps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -173,6 +174,7 @@ def trained(spec):
     return said, counts, kernels, [p.detach() for p in work.model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kernel"), [("random", "gather"), ("freeze-first", "skip")])
 def test_an_epoch_executes_what_is_counted(folder, method, kernel):
     """Over forwards of several sizes, with a smaller last batch."""
@@ -197,6 +199,7 @@ def worker(rank, folder, specs):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_train_a_compiled_model(folder):
     settings = ["resources.workers=2", "recipe.forward_batch=10", "methods.neq-cut.eps=9"]
     specs = [spec for m in ("freeze-first", "neq-cut") for spec in pair(folder, m, *settings)]
@@ -252,6 +255,7 @@ def test_tuning_is_of_compiled_steps_and_kept_apart(tmp_path, folder, batches):
     assert sorted(one.pop("compile", None) is True for one in kept) == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["serene", "serene-local"])
 def test_methods_that_look_at_layers_are_refused(tmp_path, folder, method):
     compiled, plain = pair(folder, method)
@@ -309,6 +313,7 @@ def own(folder, **how):
     return pair(folder, "mine", "methods.mine={build='mine:Mine'}")
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_may_go_back_through_the_graph(tmp_path, folder):
     compiled, plain = own(folder)
     preflight([compiled])
@@ -317,6 +322,7 @@ def test_a_method_of_ones_own_may_go_back_through_the_graph(tmp_path, folder):
     assert_alike(compiled, plain, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -365,6 +371,7 @@ def test_without_a_compiler_for_the_gpu(monkeypatch, capability, triton, words):
         compiling.check_compiler(torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_by_inductor_it_resumes_to_the_bit(tmp_path, folder, monkeypatch):
     """With a compiled last batch of its own size, and layers frozen whole in the end."""
     monkeypatch.setattr(compiling, "BACKEND", "inductor")

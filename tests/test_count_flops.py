@@ -105,6 +105,7 @@ def seen_by_torch(model, example, mapping):
     return forward.get_total_flops() / 2, backward.get_total_flops() / 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_pytorch(name):

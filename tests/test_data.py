@@ -257,6 +257,7 @@ def test_a_download_without_network_is_one_line_and_leaves_nothing(tmp_path, mon
     assert not (root / BINARIES).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real CIFAR-10 is not on this machine")
 def test_the_real_images():
     images = load(options(REAL, train_size=300))

@@ -74,6 +74,7 @@ def newborn():
     gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_validation_set(newborn):
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3))
     index, before = neq.NeuronIndex(model), snapshot(model)

@@ -110,6 +110,7 @@ class Changing(nn.ReLU):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_named_where_it_is(blobs, neqbench, what):
     file, before, after, where, message = WRONG[what]
@@ -175,6 +176,7 @@ class Percents(Own):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "load, task, where, message",
     [

@@ -85,6 +85,7 @@ def records(events, spec):
     return [event for event in mine if isinstance(event, EpochRecord)]
 
 
+@pytest.mark.slow
 def test_inline_and_ray_give_the_same_bits_and_can_be_read_meanwhile(
     tmp_path, remains_of_a_cluster, monkeypatch
 ):
@@ -128,6 +129,7 @@ def test_a_killed_worker_comes_back_from_its_checkpoint(tmp_path, own_suite, sha
     assert (row["state"], row["attempts"]) == ("done", 2)
 
 
+@pytest.mark.slow
 def test_a_second_attempt_that_fails_sooner_is_heard(tmp_path, own_suite, shared_ray):
     spec = small("neq", suite=str(own_suite))
     events = []
@@ -142,6 +144,7 @@ def test_a_second_attempt_that_fails_sooner_is_heard(tmp_path, own_suite, shared
     assert Store(tmp_path, "own").trial(spec.key)["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_is_a_failure_in_the_end(tmp_path, own_suite, shared_ray):
     spec = small("baseline", suite=str(own_suite))
     (own_suite / "parts.py").write_text("import os\nos._exit(1)")
@@ -153,6 +156,7 @@ def test_a_worker_that_always_dies_is_a_failure_in_the_end(tmp_path, own_suite, 
     assert Store(tmp_path, "own").trial(spec.key)["reason"] == events[1].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [Inline, Ray])
 def test_a_trial_that_raises_does_not_stop_the_others(tmp_path, own_suite, executor, shared_ray):
     specs = [small("neq", seed=seed, suite=str(own_suite)) for seed in (0, 1, 2)]

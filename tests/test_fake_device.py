@@ -82,6 +82,7 @@ def both(method, settings):
     return there[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, settings",
     [

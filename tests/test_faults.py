@@ -67,6 +67,7 @@ def epochs(root):
     return sum(len(faults.read(path)) for path in folder.glob("[!.]*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_short_campaign(tmp_path, monkeypatch):
     """Workers, nodes and drivers die; `make faults` is the long one."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -76,6 +77,7 @@ def test_a_short_campaign(tmp_path, monkeypatch):
     assert found.struck.total() > 0
 
 
+@pytest.mark.slow
 def test_the_campaign_sees_what_it_looks_for(tmp_path):
     """A row computed twice, a row lost, a difference in the last bit."""
     specs = [small("neq"), small("random")]
@@ -101,6 +103,7 @@ def test_the_campaign_sees_what_it_looks_for(tmp_path):
     assert "computed again" in watching.wrong.pop()
 
 
+@pytest.mark.slow
 def test_two_drivers_share_a_suite(tmp_path):
     choice = ["--executor", "inline", "--methods", "baseline,neq,random", "--seeds", "0-1"]
     specs = [small(m, seed=s) for s in (0, 1) for m in ("baseline", "neq", "random")]
@@ -119,6 +122,7 @@ def test_two_drivers_share_a_suite(tmp_path):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_its_trials_to_another(tmp_path):
     """The second one waits for what the first one has, and takes over when it dies."""
     choice = ["--executor", "inline", "--methods", "neq", "--seeds", "0"]
@@ -149,6 +153,7 @@ def little_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_a_full_disk(tmp_path, little_disk, executor, shared_ray):
     choice = ["--executor", executor, "--methods", "neq", "--seeds", "0"]
@@ -175,6 +180,7 @@ def test_a_full_disk(tmp_path, little_disk, executor, shared_ray):
     assert_same_results(spec, tmp_path / "enough", little_disk)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_workers_and_says_how_to_go_on(tmp_path, shared_ray):
     more = ["--methods", "neq,random", "--seeds", "0", "--set", "recipe.epochs=200"]
     process = start(tmp_path, *more)
@@ -232,6 +238,7 @@ def troubled(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [Inline, Ray])
 @pytest.mark.parametrize("trouble", ["time.sleep(600)", "STOP"])
 def test_a_trial_that_hangs(tmp_path, troubled, executor, trouble, shared_ray):
@@ -251,6 +258,7 @@ def test_a_trial_that_hangs(tmp_path, troubled, executor, trouble, shared_ray):
     assert beat.released
 
 
+@pytest.mark.slow
 def test_memory_that_the_machine_does_not_have(tmp_path, troubled):
     spec = small("neq", suite=troubled("torch.empty(2**55, dtype=torch.uint8)"))
     events = [event for _, event in Inline().run([spec], str(tmp_path))]
@@ -268,6 +276,7 @@ print(events[-2].reason)
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_for_its_memory(tmp_path, troubled):
     """Ray's own watch over memory, set so low that it strikes at once."""
     low = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
@@ -310,6 +319,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["gcs_server", "raylet"])
 def test_a_head_that_is_lost(tmp_path, process):
     # Ray itself would take 15 seconds to find that a node is dead.
@@ -329,6 +339,7 @@ def test_a_head_that_is_lost(tmp_path, process):
     assert Store(tmp_path, "digits").load_checkpoint(spec.key)
 
 
+@pytest.mark.slow
 def test_results_in_a_bucket_are_those_on_disk(tmp_path, bucket, neqbench, monkeypatch):
     """Under a Ray of its own: its workers have this environment, with the keys of the bucket."""
     monkeypatch.delenv("RAY_AUTH_MODE")

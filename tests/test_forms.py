@@ -42,6 +42,7 @@ def main_table(report):
 FORMS = ["html", "md", "latex", "csv", "json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_shows_the_same_figures(form, root, report, neqbench):
     text = neqbench("report", "digits", "--results", root, "--format", form).stdout
@@ -100,6 +101,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_nothing_else(report, neqbench, root):
     text = neqbench("report", "digits", "--results", root, "--format", "html").stdout
     page = Page()
@@ -142,6 +144,7 @@ def test_markdown_tables_have_as_many_cells_as_heads(report):
     assert counts == [count for count, rows in wanted for _ in range(rows)]
 
 
+@pytest.mark.slow
 def test_figures_show_what_is_stored(root, report, tmp_path, neqbench):
     found = {picture.name.rpartition("-")[2]: picture for picture in pictures(report)}
     assert set(found) == {"epochs", "tradeoff", "seconds", "frozen", "distributions"}

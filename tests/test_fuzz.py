@@ -154,6 +154,7 @@ def content(root):
 KINDS = ["trials", "epochs", "plans", "leases", "checkpoints", "tuning"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_are_damaged(kind, tmp_path, results, neqbench):
     """Reading commands say so or do not need them; nothing is changed."""

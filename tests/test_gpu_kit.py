@@ -142,6 +142,7 @@ def kit_command(tmp_path, *words):
     return [sys.executable, "tests/gpu_kit.py", "--results", str(tmp_path), "--toy", *words]
 
 
+@pytest.mark.slow
 def test_trials_are_broken_off_whole_and_gone_on_with(tmp_path, neqbench):
     words = kit_command(tmp_path, "--parts", "trials", "--minutes", "15")
     first = subprocess.Popen(words, cwd=HERE, stdout=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
@@ -184,12 +185,14 @@ def test_wrong_input_is_told_in_a_line(words, error, capsys, monkeypatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_models_of_the_tables_are_built_without_weights():
     for words in GPU.tables.values():
         model = build_model(words[words.index("--model") + 1], HERE, {})
         assert sum(p.numel() for p in model.parameters()) > 400_000
 
 
+@pytest.mark.slow
 def test_the_machine_is_asked_in_a_process_of_its_own():
     found = gpu_kit.machine_here()
     assert set(MACHINE) <= set(found)

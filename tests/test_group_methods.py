@@ -65,6 +65,7 @@ def measures(root, suite="digits"):
     return dict(iter(rows.groupby("name")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, "aligned"])
 def test_resumed_equals_uninterrupted(tmp_path, method):
     spec = trial(method)
@@ -81,6 +82,7 @@ def test_resumed_equals_uninterrupted(tmp_path, method):
     assert ours.equals(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", VARIANTS)
 def test_what_is_counted_is_executed(method):
     """In a real backward, under the mask that the policy chooses."""
@@ -103,6 +105,7 @@ def test_what_is_counted_is_executed(method):
         assert counted.required <= spec.method_spec.flops * counted.dense
 
 
+@pytest.mark.slow
 def test_budgets_are_kept_once_velocities_exist(tmp_path):
     for method, share in (("neq-budget", 0.5), ("layers in a budget", 0.4)):
         spec = trial(method)
@@ -129,6 +132,7 @@ def test_groups_are_layers_that_stand_still_as_a_whole(tmp_path):
             assert following[epoch + 1, name] == 1
 
 
+@pytest.mark.slow
 def test_what_deciding_by_cka_takes_and_records(tmp_path):
     spec, group = trial("neq-cka"), trial("neq-group")
     for each in (spec, group):
@@ -144,6 +148,7 @@ def test_what_deciding_by_cka_takes_and_records(tmp_path):
     assert kappa["value"].between(0, 1).all()
 
 
+@pytest.mark.slow
 def test_what_alignment_moves_is_recorded(tmp_path):
     spec = trial("aligned")
     run(spec, tmp_path)
@@ -153,6 +158,7 @@ def test_what_alignment_moves_is_recorded(tmp_path):
     assert measures(tmp_path)["neurons_moved_by_alignment"]["value"].max() > 0
 
 
+@pytest.mark.slow
 def test_two_workers_agree(tmp_path, own):  # noqa: F811
     """On readings and masks, which a trial asks them after each epoch."""
     settings = ["recipe.batch_size=36", "data.validation_size=101", "resources.workers=2"]
@@ -164,6 +170,7 @@ def test_two_workers_agree(tmp_path, own):  # noqa: F811
         assert Store(tmp_path / "two", "own").load_checkpoint(spec.key)["method"]["frozen"].any()
 
 
+@pytest.mark.slow
 def test_under_ray_stopped_and_resumed(tmp_path, shared_ray):
     chosen = [trial(method) for method in ("neq-cka", "neq-budget")]
     for spec in chosen:
@@ -208,6 +215,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, arguments, message", WRONG)
 def test_wrong_parameters_are_refused_before_the_first_trial(method, arguments, message):
     with pytest.raises(UserError, match=message) as error:

@@ -106,6 +106,7 @@ def report(tmp_path_factory):
     return load_report(stores_named([str(root / "digits")], str(root)))
 
 
+@pytest.mark.slow
 def test_in_every_form(report):
     (section,) = sections(report)
     assert any("which freezes single neurons" in answer for answer in section.answers)

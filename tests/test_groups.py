@@ -46,6 +46,7 @@ def frozen_by(policy, index, v):
     return policy.frozen(3, index, v).nonzero().squeeze(1).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recursion", ["paper", "reference"])
 @pytest.mark.parametrize(
     "groups, places",

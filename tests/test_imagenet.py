@@ -224,6 +224,7 @@ def settings(root, classes):
     ]
 
 
+@pytest.mark.slow
 def test_the_suite_accepts_what_fits_and_says_what_does_not(folder):
     trials = specs("imagenet", settings(folder, 3), "baseline,neq", "0")
     preflight(trials)

@@ -123,6 +123,7 @@ def test_suites_that_extend_each_other_in_a_circle(tmp_path):
         files.load_suite(str(tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_a_folder_called_suites_hides_none(tmp_path):
     """As where a user keeps suites of their own: `python -m harness` finds that folder first."""
     (tmp_path / "suites" / "mine").mkdir(parents=True)

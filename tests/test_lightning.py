@@ -55,6 +55,7 @@ def start(folder, what, processes, optimizer):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "optimizer"), [(1, "SGD"), (2, "Adam")])
 def test_a_fit_killed_and_gone_on_with_ends_as_one_undisturbed(tmp_path, processes, optimizer):
     for process in start(tmp_path, "begin", processes, optimizer):

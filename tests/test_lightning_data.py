@@ -52,6 +52,7 @@ def test_batches_are_mappings_or_whatever_forward_takes():
     assert same(fitted(Mappings(), by_hand, data=data), expected)
 
 
+@pytest.mark.slow
 def test_it_decides_on_so_many_samples_of_the_validation_data():
     """Whatever is validated on: at equal distances, or those that are given."""
     expected = fitted(None, freezing(validation_batches=[VALIDATION[:][0][::4]]))

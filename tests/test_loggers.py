@@ -68,6 +68,7 @@ def log_and_die(where, folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_each_epoch_is_there_once_after_a_kill(where, tmp_path):
     process = multiprocessing.get_context("forkserver").Process(
         target=log_and_die, args=(where, tmp_path)
@@ -146,6 +147,7 @@ def test_what_is_no_number_is_left_out(where):
     assert read(where, "loss") == [(2, 2.0)]
 
 
+@pytest.mark.slow
 def test_names_that_a_place_would_refuse(where):
     """Too long for a folder, with characters that MLflow does not take; it ends with the key."""
     logger = open_logger(where, f"{'x' * 300} (é) 'ab'", {"odd {x}(1)": 1}, warn=pytest.fail)
@@ -160,6 +162,7 @@ def test_passwords_are_not_shown():
     assert told[0].startswith("mlflow:http://127.0.0.1:9 can't")
 
 
+@pytest.mark.slow
 def test_runs_are_told_apart(tmp_path):
     where = f"mlflow:sqlite:///{tmp_path}/mlflow.db"
     for run in ("mine", "it's other"):

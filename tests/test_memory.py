@@ -66,6 +66,7 @@ def peak_of(images, batch):
     return memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [2**12, 2**22])
 def test_deciding_keeps_the_outputs_of_one_batch(monkeypatch, chunk):
     monkeypatch.setattr(equilibrium, "CHUNK", chunk)

@@ -82,6 +82,7 @@ def test_a_killed_trial_is_no_neighbour(tmp_path):
         assert len(registered(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_recorded_as_sharing(tmp_path):
     """Each alone in its slot: only the registry can tell."""
     spec, other = small("baseline"), small("baseline", seed=1)
@@ -144,6 +145,7 @@ def test_own_work_is_no_load(monkeypatch):
         assert mine.load() == 0.5
 
 
+@pytest.mark.slow
 def test_no_time_verdict_above_the_bound(tmp_path):
     for method in ("baseline", "neq"):
         for seed in range(3):
@@ -175,6 +177,7 @@ def test_no_time_verdict_where_trials_compile(tmp_path):
     assert not table.timing_shared
 
 
+@pytest.mark.slow
 def test_a_process_on_the_gpu_for_an_epoch_is_too_many(tmp_path):
     for seed in range(3):
         spec = small("baseline", seed=seed)

@@ -150,6 +150,7 @@ def test_a_run_with_layers_left_out_at_random_ends_before_it_begins(made, neqben
     preflight(specs(str(folder), ["model.arguments.skip=0.0"], "baseline", "0"))
 
 
+@pytest.mark.slow
 def test_the_model_of_a_method_is_looked_at_as_the_suite_s(made):
     folder = made("return Net(width, skip)", methods="smaller = { arguments = { skip = 0.5 } }")
     preflight(group(folder, "baseline"))

@@ -363,6 +363,7 @@ ray_cluster._connect("local")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [False, True])
 def test_below_uv_nothing_is_sent_but_where_a_user_wants_it(tmp_path, wanted):
     name = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"

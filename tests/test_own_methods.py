@@ -47,6 +47,7 @@ def test_each_is_short(toys):
         assert len((toys / f"{method}.py").read_text().splitlines()) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_equals_uninterrupted(tmp_path, toys, method):
     spec = toy(toys, method)
@@ -60,6 +61,7 @@ def test_resumed_equals_uninterrupted(tmp_path, toys, method):
     assert len(measures(tmp_path / "through")) >= 4
 
 
+@pytest.mark.slow
 def test_under_ray_stopped_and_resumed(tmp_path, toys, shared_ray):
     chosen = specs(str(toys), methods=",".join(METHODS), seeds="0")
     for root in ("ray", "through"):
@@ -78,6 +80,7 @@ def test_under_ray_stopped_and_resumed(tmp_path, toys, shared_ray):
     assert ray.reset_index(drop=True).equals(through.reset_index(drop=True))
 
 
+@pytest.mark.slow
 def test_what_is_recorded_and_reported(tmp_path, toys):
     for method in ("baseline", *METHODS):
         for seed in (0, 1):
@@ -185,6 +188,7 @@ def without(toys, *methods):
     path.write_text(text)
 
 
+@pytest.mark.slow
 def test_doctor_examines_them(toys, neqbench):
     without(toys, "freezer", "pruner")
     done = neqbench("doctor", toys)
@@ -227,6 +231,7 @@ def test_a_method_that_leaves_the_suite_leaves_the_baselines_as_they_are(toys):
     assert toy(toys, "baseline").key != before.key
 
 
+@pytest.mark.slow
 def test_other_code_of_a_method_is_another_row(tmp_path, toys, neqbench):
     run(toy(toys, "pruner"), tmp_path)
     (toys / "pruner.py").write_text((toys / "pruner.py").read_text() + "\n# other\n")
@@ -258,6 +263,7 @@ def test_arguments_do_not_hide_the_columns_of_the_report(tmp_path, toys):
     assert (row["n"], row["parameters.n"], row["share"]) == ("1", "77", "0.5")
 
 
+@pytest.mark.slow
 def test_a_method_may_want_another_model(tmp_path, toys):
     text = (
         (toys / "suite.toml")

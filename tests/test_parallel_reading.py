@@ -75,6 +75,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_reading_does_not_depend_on_the_number_of_workers(tmp_path, world):

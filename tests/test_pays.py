@@ -88,6 +88,7 @@ def test_what_it_finds(net):
     assert json.loads(json.dumps(found.json()))["rows"][0].keys() == Row.__dataclass_fields__.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_training_goes_on_as_if_nothing_had_been(net, kind):
     """Six steps with dropout, in their midst none or many of pays: the same bits."""
@@ -340,6 +341,7 @@ def lbfgs():
     return model, torch.optim.LBFGS(model.parameters()), lambda: 0.0
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_one_s_own_step(neqbench):
     words = ["speed", "--step", "test_pays:good", "--seconds", "0", "--frozen", "0.5,1"]
     found = json.loads(neqbench(*words, "--format", "json").stdout)

@@ -229,6 +229,7 @@ def graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_code_stays_as_it_is(net, graphs):
     call = torch.compile(net, backend="eager")
     freezer = neq.NeuronFreezer(call, torch.optim.SGD(net.parameters(), lr=0.1), neq.Everyone())
@@ -247,6 +248,7 @@ def test_compiled_code_stays_as_it_is(net, graphs):
     assert (net.conv.weight.grad[frozen] == 0).all()
 
 
+@pytest.mark.slow
 def test_graphs_of_the_plain_model_have_room(graphs, monkeypatch):
     monkeypatch.setattr(compiled, "GRAPHS", 3)
     torch._dynamo.config.recompile_limit = 4  # until the fixture's patch ends

@@ -133,6 +133,7 @@ for whole in ("rows", "whole"):
 """
 
 
+@pytest.mark.slow
 def test_files_are_read_where_this_package_is_not(tmp_path):
     for name in ("rows", "whole"):
         model, _, _ = at_work(name == "whole")

@@ -68,6 +68,7 @@ def test_the_rate_is_that_of_torchs_own_fed_with_the_validation_losses(tmp_path)
     assert [best in set(epochs[name]) for name in columns] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_it_follows_the_model_as_training_left_it(tmp_path, toys):
     """The method prunes at the end of an epoch, whose validation loss is stored as it is then."""
     spec = toy(toys, "pruner", "recipe.scheduler={name='ReduceLROnPlateau', patience=0}")
@@ -87,6 +88,7 @@ def test_it_follows_the_model_as_training_left_it(tmp_path, toys):
     assert list(epochs["lr"]) != followed(epochs["val_loss"], patience=0)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_after_any_epoch(tmp_path):
     spec = small("neq", *QUICK)
     assert len(records(run(spec, tmp_path / "through"))) == EPOCHS
@@ -103,6 +105,7 @@ def test_resumed_equals_uninterrupted_after_any_epoch(tmp_path):
     assert all(type(kept["best"]) is float for kept in states)
 
 
+@pytest.mark.slow
 def test_two_workers_have_one_rate(tmp_path):
     """Also after a break within a cooldown."""
     spec = small("neq", *QUICK, "resources.workers=2")
@@ -173,6 +176,7 @@ def titles(report):
     return [table.title for section in sections(report) for table in section.tables]
 
 
+@pytest.mark.slow
 def test_phases_are_not_cut_and_the_note_says_why(report):
     note = (
         "The learning rate follows the validation loss (ReduceLROnPlateau): it differs by method "

@@ -33,6 +33,7 @@ def follow(trials, terminal):
     return progress, view.file.getvalue(), console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_live_view(trials):
     _, view, _ = follow(trials, terminal=True)
     head, first, second, summary = view.splitlines()

@@ -36,6 +36,7 @@ def seen(work, loop, epoch):
 ACCUMULATED = ["recipe.forward_batch=12"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, settings", [(m, []) for m in METHODS] + [("serene", ACCUMULATED)])
 def test_counted_is_executed(method, settings):
     """To the unit: forwards, backwards, passes for sensitivities, evaluations of thresholds."""

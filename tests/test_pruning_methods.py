@@ -75,6 +75,7 @@ def recorded(root):
     return rows.reset_index(drop=True)
 
 
+@pytest.mark.slow
 def test_resumed_while_shrinking_by_schedule_and_after(tmp_path):
     spec = narrow("serene", arguments="lam=0.01, sparsity=0.5, end=0.6")
     run(spec, tmp_path / "through")
@@ -95,6 +96,7 @@ def test_resumed_right_after_rewinding(tmp_path):
     assert_same_results(spec, tmp_path / "through", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_equals_uninterrupted(tmp_path, method):
     """Stopped within a plateau, between prunings, before a rewinding."""
@@ -113,6 +115,7 @@ def test_resumed_equals_uninterrupted(tmp_path, method):
         assert state["early"]
 
 
+@pytest.mark.slow
 def test_under_ray_stopped_and_resumed(tmp_path, shared_ray):
     chosen = [narrow(method) for method in ("serene", "gradual", "lottery")]
     for root in ("ray", "through"):
@@ -123,6 +126,7 @@ def test_under_ray_stopped_and_resumed(tmp_path, shared_ray):
         assert_same_results(spec, tmp_path / "through", tmp_path / "ray")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["serene", "lobster", "gradual"])
 def test_two_workers_train_as_one(tmp_path, own, method):  # noqa: F811
     arguments = METHODS[method].replace("pwe=2", "pwe=1")
@@ -182,6 +186,7 @@ def test_what_is_recorded(tmp_path):
     assert (epochs["overhead_flops"] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_entropy_is_null_where_a_class_is_missing(tmp_path):
     spec = trial("gradual", "data.validation_size=100")
     few = trial("gradual", "data.validation_size=4")
@@ -191,6 +196,7 @@ def test_the_entropy_is_null_where_a_class_is_missing(tmp_path):
     assert all(0 < h < 10 for h in measures(tmp_path / spec.group)["psp_entropy"])
 
 
+@pytest.mark.slow
 def test_random_pruning_is_as_sparse_and_other(tmp_path):
     masks = {}
     for method, seed in (("gradual", 0), ("random-pruning", 0), ("random-pruning", 1)):
@@ -227,6 +233,7 @@ def test_shrinking_by_schedule_ends_with_it(tmp_path):
     assert left[0] > left[1] > left[2] == left[4]
 
 
+@pytest.mark.slow
 def test_a_smaller_model(tmp_path):
     spec, baseline = narrow("smaller"), narrow("baseline", arguments="")
     preflight([spec])
@@ -264,6 +271,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, arguments, message", WRONG)
 def test_wrong_choices(method, arguments, message):
     with pytest.raises(UserError, match=message) as error:

@@ -125,6 +125,7 @@ def test_torchvision_knows_the_weights(vision):
     assert (library, weights.url.split("/")[-1].split("-")[0]) == ("torchvision", "resnet18")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_every_default_method_can_be_built(name):
     trials = tiny(name)
@@ -132,6 +133,7 @@ def test_every_default_method_can_be_built(name):
     preflight(trials)
 
 
+@pytest.mark.slow
 def test_too_narrow_a_vgg_is_one_line():
     settings = [*TINY, *SHARPNESS, "methods.smaller.arguments={widths=[3, 3]}"]
     with pytest.raises(UserError, match="widths must be 13 whole numbers") as caught:
@@ -139,6 +141,7 @@ def test_too_narrow_a_vgg_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_a_trial(tmp_path, name):
     (spec,) = tiny(name, "random-pruning", "recipe.epochs=1")

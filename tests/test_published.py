@@ -205,6 +205,7 @@ def test_a_suite_meets_the_conditions_of_what_it_carries(name):
     assert compared > 0 or name in ELSEWHERE
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_paper_against_a_run_of_noise(tmp_path, neqbench):
     settings = [
         "recipe.epochs=1", "data.train_size=60", "data.validation_size=10",

@@ -215,6 +215,7 @@ def gathering(costs):
     return neq.Timings(times)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("gradient", ["exact", "cut", "exact, some rows"])
 @pytest.mark.parametrize("name", REGIONS)

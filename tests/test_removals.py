@@ -71,6 +71,7 @@ def by_hand(widths):
     return parameters, flops
 
 
+@pytest.mark.slow
 def test_a_row_says_what_is_left_and_the_files_are_the_network(tmp_path):
     spec = pruned()
     run_trial(spec, tmp_path)
@@ -114,6 +115,7 @@ def test_a_row_says_what_is_left_and_the_files_are_the_network(tmp_path):
         torch.testing.assert_close(torch.load(tmp_path / "outputs.pt").detach(), model(inputs))
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again_and_what_is_missing_is(tmp_path):
     spec = pruned()
     run_trial(spec, tmp_path)
@@ -132,6 +134,7 @@ def test_what_is_there_is_not_done_again_and_what_is_missing_is(tmp_path):
     assert len(after([spec], tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_only_what_prunes_has_a_row(tmp_path, toys):
     trials = [small("neq", "recipe.epochs=1"), small("baseline", "recipe.epochs=1")]
     for spec in trials:
@@ -156,6 +159,7 @@ def test_a_smaller_model_is_compared_with_that_of_the_suite(tmp_path):
     assert row["parameters_dense"] == sum(p.numel() for p in plain.parameters())
 
 
+@pytest.mark.slow
 def test_without_torch_pruning_it_is_said_and_done_another_time(tmp_path, monkeypatch):
     spec = pruned()
     run_trial(spec, tmp_path)
@@ -197,6 +201,7 @@ def test_a_model_that_can_not_be_traced_leaves_the_trial_as_it_is(tmp_path, toys
     assert Store(tmp_path, spec.suite.name).trial(spec.key)["state"] == "done"
 
 
+@pytest.mark.slow
 def test_one_that_fails_does_not_hold_up_the_others(tmp_path):
     trials = [pruned(seed=seed) for seed in range(3)]
     for spec in trials:
@@ -279,6 +284,7 @@ def test_the_option_goes_with_a_job():
     assert "--save-shrunk" in words
 
 
+@pytest.mark.slow
 def test_what_was_counted_elsewhere_is_timed_at_home(tmp_path):
     spec = pruned()
     run_trial(spec, tmp_path)

@@ -80,6 +80,7 @@ def test_changes_are_ratios_with_scipy_s_intervals(run, found):
     assert f"latency>5%: {SUITE} gradual: +{known['latency']['change']:.2f} %" in value["missed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{"device": "another"}, {"trials_on_device": 2}])
 def test_a_latency_that_can_not_be_compared(run, found, values):
     code, value = found(run("a"), run("b", **values), *GATES)
@@ -105,6 +106,7 @@ def test_a_gate_on_what_only_b_has(run, found):
     assert value["missed"] == [f"{gate}: {why}" for gate in GATES]
 
 
+@pytest.mark.slow
 def test_a_gate_on_seeds_that_b_knows_nothing_of(run, found):
     b = run("b", (300, None, 320), (0.60, None, None))
     code, value = found(run("a"), b, *GATES)

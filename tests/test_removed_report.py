@@ -92,6 +92,7 @@ BUSY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values, why", BUSY)
 def test_a_latency_that_is_no_measurement_is_withheld(kept, values, why):
     report = kept([removal(300, 0.6), removal(300, 0.6, **values), removal(300, 0.6)])
@@ -129,6 +130,7 @@ SPEEDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latencies, how", SPEEDS)
 def test_fewer_flops_and_time(kept, latencies, how):
     text = said(kept([removal(300, ratio) for ratio in latencies]))
@@ -145,6 +147,7 @@ WHY = [  # FLOPs of the rows and columns that still hold a weight, of 100
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effective, stuck, why", WHY)
 def test_why_fewer_parameters_are_as_many_flops(kept, effective, stuck, why):
     text = said(kept([removal(990, 1.0, stuck=stuck)] * 3, effective=effective))

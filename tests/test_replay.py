@@ -64,6 +64,7 @@ def prices(monkeypatch):
     monkeypatch.setattr(replaying.neq, "stopwatch", stopwatch)
 
 
+@pytest.mark.slow
 def test_the_sum_over_epochs(tmp_path, prices):
     """By the price list: from the frozen shares that the trial has published."""
     spec = small("neq")
@@ -86,6 +87,7 @@ def test_the_sum_over_epochs(tmp_path, prices):
     assert "thread" in row["device"]
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_interpolated(tmp_path, prices):
     spec = small("neq")
     run(spec, tmp_path)
@@ -122,6 +124,7 @@ def test_steps_are_those_of_training(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_measured(tmp_path, monkeypatch):
     trials = [small(method, seed=seed) for seed in (0, 1) for method in ("baseline", "neq")]
     for spec in trials[:2]:
@@ -137,6 +140,7 @@ def test_only_what_is_new_is_measured(tmp_path, monkeypatch):
     assert before == after
 
 
+@pytest.mark.slow
 def test_weights_do_not_move_and_streams_stay(tmp_path, monkeypatch):
     """A replay trains at a rate of zero, and nothing outside notices."""
     spec, seen = small("neq"), []
@@ -174,6 +178,7 @@ def replayed_seeds(root, count):
     return trials, [spec for spec in trials if spec.method == "neq"]
 
 
+@pytest.mark.slow
 def test_a_device_that_was_not_free(tmp_path):
     """It is said, there is no verdict, and the same command measures anew."""
     trials, neqs = replayed_seeds(tmp_path, 3)
@@ -210,6 +215,7 @@ def plant(root, spec, values):
     pq.write_table(pa.Table.from_pylist([row | values], schema=table.schema), path)
 
 
+@pytest.mark.slow
 def test_what_else_runs_is_seen(tmp_path, monkeypatch):
     spec = small("neq", "recipe.epochs=2")
     run(spec, tmp_path)
@@ -223,6 +229,7 @@ def test_what_else_runs_is_seen(tmp_path, monkeypatch):
     assert "while 2 trials were on the device" in line
 
 
+@pytest.mark.slow
 def test_in_the_report(tmp_path):
     """Mean and interval are those of scipy, on logarithms; the first sentence says them."""
     _, neqs = replayed_seeds(tmp_path, 4)
@@ -270,6 +277,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, column, value, says", REFUSED)
 def test_what_can_not_be_replayed_is_said(tmp_path, kind, column, value, says):
     spec = small("neq", "recipe.epochs=2")
@@ -307,6 +315,7 @@ def test_what_prunes_is_passed_over(tmp_path):
     assert replay([spec], tmp_path) == []
 
 
+@pytest.mark.slow
 def test_two_replays_at_a_time_see_each_other(tmp_path):
     """As of two runs that end together: neither is alone."""
     spec = small("neq", "recipe.epochs=2")
@@ -317,6 +326,7 @@ def test_two_replays_at_a_time_see_each_other(tmp_path):
     assert replayed(tmp_path)["trials_on_device"].tolist() == [2]
 
 
+@pytest.mark.slow
 def test_own_methods_are_replayed_if_they_have_a_freezer(toys, tmp_path):
     for method in ("freezer", "regulariser"):
         run(toy(toys, method), tmp_path)
@@ -337,6 +347,7 @@ def test_bad_input(neqbench, words, says):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_command(neqbench, tmp_path):
     """After the trials, unless that is not wanted; again it has nothing to do."""
     settings = [w for s in [*SMALL, "recipe.epochs=2"] for w in ("--set", s)]
@@ -348,6 +359,7 @@ def test_the_command(neqbench, tmp_path):
     assert "masks measured" not in neqbench(*words).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:ray")

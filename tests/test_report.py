@@ -39,6 +39,7 @@ def two_eps(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_parameters_are_not_averaged(two_eps):
     (table,) = model.load_report(find_stores("digits", str(two_eps))).groups
     plain, one, two = table.methods
@@ -76,6 +77,7 @@ def tables(report):
     return report.groups
 
 
+@pytest.mark.slow
 def test_groups_stand_apart(tables):
     assert sorted(sum(row.n > 0 for row in table.methods) for table in tables) == [0, 1, 3]
     assert len({table.group for table in tables}) == 3
@@ -243,6 +245,7 @@ def test_groups_say_in_what_they_differ(tables):
     assert "Stands apart from the suite's other groups by recipe.epochs 1" in render(tables, 200)
 
 
+@pytest.mark.slow
 def test_several_results_are_taken_together(root, tmp_path, neqbench):
     """Each trial once, from where it went furthest."""
     run(small("random", seed=2), tmp_path)

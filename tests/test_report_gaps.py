@@ -41,6 +41,7 @@ def only(root):
     return table
 
 
+@pytest.mark.slow
 def test_a_verdict_by_the_suites_margin(four, tmp_path):
     root = copied(four, tmp_path)
     for seed in range(4):
@@ -191,6 +192,7 @@ def test_a_metric_that_is_none_in_the_last_epoch_is_a_failure(four, tmp_path, va
         assert row.quality.difference is None or math.isfinite(row.quality.difference)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_on_the_way_is_left_out(four, tmp_path, neqbench):
     """In the middle of training, and of clocks and counters."""
     root = copied(four, tmp_path)
@@ -257,6 +259,7 @@ def test_threads_make_another_device(four, tmp_path):
     assert "with other threads" in render([only(root)], 80)
 
 
+@pytest.mark.slow
 def test_noise_has_no_verdict(tmp_path):
     trials = specs("digits", [*SMALL, "recipe.epochs=1"], "baseline,neq", "0-2", synthetic=True)
     for spec in trials:

@@ -102,6 +102,7 @@ def marked(picture):
     return [e.get_xdata()[0] for e in axis.lines if e.get_label().startswith("_")]
 
 
+@pytest.mark.slow
 def test_both_optimizers_are_in_each_of_two_figures(swept, report):
     """Every line's values are those of the stored rows."""
     root, trials = swept
@@ -165,6 +166,7 @@ def test_drops_of_the_learning_rate_are_marked_where_all_points_have_them(report
         assert "dotted" not in picture.caption
 
 
+@pytest.mark.slow
 def test_they_stand_with_all_points_on_the_page_and_in_the_folder(swept, tmp_path, neqbench):
     root, _ = swept
     words = ["report", "digits", "--results", root, "--format", "html", "--figures", tmp_path]

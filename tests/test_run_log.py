@@ -86,6 +86,7 @@ def assert_logged(folder, root):
     assert layers["frozen"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_a_killed_driver_neither_doubles_nor_loses_an_epoch(executor, tmp_path, neqbench):
     root, log = tmp_path / "results", places(tmp_path)
@@ -101,6 +102,7 @@ def test_a_killed_driver_neither_doubles_nor_loses_an_epoch(executor, tmp_path, 
     assert_logged(tmp_path, root)
 
 
+@pytest.mark.slow
 def test_what_is_done_already_is_logged_afterwards(tmp_path, neqbench):
     root = tmp_path / "results"
     words = [*RUN, "--executor", "inline", "--results", root]
@@ -109,6 +111,7 @@ def test_what_is_done_already_is_logged_afterwards(tmp_path, neqbench):
     assert_logged(tmp_path, root)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_costs_one_warning(tmp_path, neqbench):
     words = [*RUN, "--executor", "inline", "--results", tmp_path / "results"]
     done = neqbench(*words, "--log", "mlflow:http://127.0.0.1:9", *places(tmp_path))
@@ -242,6 +245,7 @@ def test_other_numbers_are_told_once(logs):
     assert text.startswith("here holds other numbers of digits/baseline seed 0 ")
 
 
+@pytest.mark.slow
 def test_two_drivers_write_each_epoch_once(tmp_path):
     """One of them meets a trial that the other has, and goes on when that is done."""
     root, log = tmp_path / "results", places(tmp_path)

@@ -281,6 +281,7 @@ def test_coco_files_that_are_not_there(coco_tree):
         coco(options(coco_tree, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "suite, tree", [("segmentation", "coco_tree"), ("segmentation-voc", "voc_tree")]
 )

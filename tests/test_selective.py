@@ -138,6 +138,7 @@ def test_cut_is_the_plain_backward_of_a_masked_output_gradient(name, mask):
             assert name in NORMS or (row[mask] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv", "conv grouped", "conv1d", "linear tokens"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_gradcheck(name, cut):

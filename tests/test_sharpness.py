@@ -210,6 +210,7 @@ def lanczos(model, samples, kept=None):
     return float(value)
 
 
+@pytest.mark.slow
 def test_float32_with_the_defaults_against_scipy():
     model, _ = trained(network(), images())
     found = neq.top_eigenvalue(model, images(), functional.cross_entropy)

@@ -253,6 +253,7 @@ def test_nothing_moves():
     assert all(torch.equal(p, q) for p, q in zip(found.module.parameters(), before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_is_not_cut_off(neqbench, width):
     text = neqbench("speed", *SMALL, "--frozen", "0.5,1", columns=width).stdout
@@ -264,6 +265,7 @@ def test_the_table_is_not_cut_off(neqbench, width):
     assert "Floor: " in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, says",
     [

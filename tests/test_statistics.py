@@ -111,6 +111,7 @@ def verdicts(truth, n, paired):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_verdicts_are_seldom_wrong(n, paired):

@@ -40,6 +40,7 @@ def read(neqbench, root):
     return {group["group"]: group for group in found["groups"]}
 
 
+@pytest.mark.slow
 def test_every_trial_has_its_state(results, neqbench):
     groups = read(neqbench, results)
     main = groups[small("neq").group]
@@ -69,6 +70,7 @@ def test_suites_are_kept_apart(tmp_path, neqbench):
     assert counted == [("digits", 1, 0), ("other", 0, 1)]
 
 
+@pytest.mark.slow
 def test_a_running_trial_has_a_heartbeat(results, neqbench):
     store, spec = Store(results, "digits"), small("neq")
     with leases.Lease.acquire(store.location, spec.key, leases.Claim("me", None)):
@@ -79,6 +81,7 @@ def test_a_running_trial_has_a_heartbeat(results, neqbench):
     assert read(neqbench, results)[spec.group]["counts"]["running"] == 0
 
 
+@pytest.mark.slow
 def test_watching_ends_when_nothing_is_left(tmp_path, neqbench):
     words = [sys.executable, "-m", "harness", "run", "digits", *SETTINGS, "--executor", "inline"]
     words += ["--results", str(tmp_path), "--methods", "neq", "--seeds", "0-1", "--no-replay"]
@@ -88,6 +91,7 @@ def test_watching_ends_when_nothing_is_left(tmp_path, neqbench):
     assert "2 done" in watched.stdout
 
 
+@pytest.mark.slow
 def test_what_is_done_is_read_once(results, monkeypatch):
     reader = status.Reader(lambda: [Store(results, "digits")])
     first = reader.read()
@@ -103,6 +107,7 @@ def test_what_is_done_is_read_once(results, monkeypatch):
     assert small("baseline").key not in opened
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_that_takes_long(results):
     code = f"""
 import sys
@@ -159,6 +164,7 @@ def test_a_secret_is_never_shown(tmp_path, neqbench, monkeypatch):
     assert "s3cr3t" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_watching_is_ended_by_ctrl_c(results):
     words = [sys.executable, "-m", "harness", "status", "--results", str(results), "--watch"]
     shown, terminal = pty.openpty()

@@ -203,6 +203,7 @@ def test_tables_of_earlier_versions_are_still_read(tmp_path, version):
         store.read("epochs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", NEWER)
 def test_a_trial_goes_on_from_a_checkpoint_of_an_earlier_version(tmp_path, version):
     spec = small("neq", "recipe.epochs=3")

@@ -60,6 +60,7 @@ def neqbench(environment, *words, cwd):
     )
 
 
+@pytest.mark.slow
 def test_a_submitted_suite_ends_with_the_local_report(tmp_path, head):
     address, environment = head
     longer = "recipe.epochs=20"  # it still runs when it is submitted again
@@ -92,6 +93,7 @@ def test_a_submitted_suite_ends_with_the_local_report(tmp_path, head):
     )
 
 
+@pytest.mark.slow
 def test_without_the_token_nobody_is_let_in(tmp_path, head):
     address, environment = head
     wrong = environment | {"RAY_AUTH_TOKEN": "0" * 64}
@@ -132,6 +134,7 @@ def test_what_can_not_be_submitted(tmp_path, neqbench):
     }
 
 
+@pytest.mark.slow
 def test_what_is_sent(tmp_path):
     """Code and suite; no data, results, caches or history. It runs, and is the same trial."""
     own = tmp_path / "mine"

@@ -326,6 +326,7 @@ def test_wrong_choices(arguments, message):
         specs("digits", **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, message",
     [

@@ -131,6 +131,7 @@ def swept(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_sweep_is_reported_point_by_point_and_as_curves(swept, neqbench):
     report = load_report([Store(swept, "digits")])
     assert [t.point for t in report.groups] == ["validation_size=20", "validation_size=5"]
@@ -165,6 +166,7 @@ def test_a_sweep_is_reported_point_by_point_and_as_curves(swept, neqbench):
     assert {row["state"] for row in json.loads(planned)} == {"done"}
 
 
+@pytest.mark.slow
 def test_a_curve_of_words_keeps_their_order(tmp_path):
     found = trials(
         "recipe.optimizer=[{name='SGD', lr=0.05}, {name='Adam', lr=1e-3}]", "recipe.epochs=1"
@@ -182,6 +184,7 @@ def test_a_curve_of_words_keeps_their_order(tmp_path):
     assert not list(curves(load_report([Store(tmp_path, "digits")]).groups))
 
 
+@pytest.mark.slow
 def test_points_are_told_apart_from_other_runs(swept, tmp_path):
     """Of noise, or with other epochs; a point that is run again alone stays in its sweep."""
     shutil.copytree(swept / "digits", tmp_path / "digits")
@@ -223,6 +226,7 @@ def test_a_method_that_some_points_lack_is_drawn_where_it_is(swept, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_words_beside_a_number_make_lines_of_their_own(tmp_path):
     found = trials(
         "methods.neq.eps=[0.01, 9]", "methods.neq.similarity=['dataset', 'sample']",

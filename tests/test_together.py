@@ -128,6 +128,7 @@ def worker(rank, world, folder, specs, root, epochs):
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_workers_train_as_one(tmp_path, own, world):
     """Also over several forwards a step, and with a batch that does not divide evenly."""
@@ -152,6 +153,7 @@ def test_several_workers_train_as_one(tmp_path, own, world):
             assert all(a == pytest.approx(b, rel=1e-3) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_with_two_workers(tmp_path):
     settings = ["resources.workers=2", "recipe.forward_batch=10"]
     specs = [small(method, *settings) for method in ("neq", "neq-cut", "random")]
@@ -214,6 +216,7 @@ def test_workers_that_drift_apart_are_found(tmp_path):
     start_workers(drifting, (str(tmp_path),), 2)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_at_the_same_numbers_under_ray(tmp_path, own, shared_ray):
     spec = small("neq", "resources.workers=2", suite=str(own))
     together([spec], tmp_path / "through")

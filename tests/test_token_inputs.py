@@ -117,6 +117,7 @@ def test_counted_is_executed(neqbench, what):
         assert found["counted"] > 0 or frozen == 1
 
 
+@pytest.mark.slow
 def test_counted_is_executed_compiled(neqbench):
     words = ["--model", "token_models:Encoder", "--input", TOKENS, "--frozen", "0.5"]
     done = neqbench("flops", *words, "--verify", "--compile", "--format", "json")

@@ -103,6 +103,7 @@ def test_frozen_rows_stand_still_and_are_not_computed(whole):
     assert callback.freezer.epoch == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("event", "step"), [("on_step_end", 15), ("on_save", 12)])
 def test_killed_and_resumed_it_is_the_same(tmp_path, whole, event, step):
     """Within an epoch, and between the Trainer's saving and its telling that it has saved."""
@@ -129,6 +130,7 @@ def test_killed_and_resumed_it_is_the_same(tmp_path, whole, event, step):
     assert_same((trainer, callback), whole[:2])
 
 
+@pytest.mark.slow
 def test_resumed_at_any_step_it_is_the_same(tmp_path):
     """Within the first epoch, within one that freezes, and at an epoch's end."""
     options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
@@ -152,6 +154,7 @@ def test_resumed_within_an_epoch_the_optimizer_ends_the_same(tmp_path):
     assert same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -291,6 +294,7 @@ def test_after_an_interrupt_it_goes_on(tmp_path, whole):
     assert_same((trainer, callback), whole[:2])
 
 
+@pytest.mark.slow
 def test_after_an_interrupt_another_trainer_begins_anew(tmp_path):
     """As in a notebook whose cells are run again: nobody stays frozen by the old callback."""
     model = interrupted(tmp_path)[0].model
@@ -352,6 +356,7 @@ def test_a_model_that_takes_no_labels(tmp_path):
     assert bool(callback.freezer.frozen.any())
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_mask_and_resume(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[1])}

@@ -23,6 +23,7 @@ class Endless:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "line"),
     [
@@ -95,6 +96,7 @@ def test_it_wants_the_trainer_that_it_is_added_to(tmp_path):
         one.train()
 
 
+@pytest.mark.slow
 def test_checkpoints_of_others(tmp_path):
     trained(tmp_path / "one", num_train_epochs=2)
     checkpoint = tmp_path / "one" / "checkpoint-12"

@@ -17,12 +17,16 @@ from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def records(events):
     return [event for event in events if isinstance(event, EpochRecord)]
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["SGD", slow("Adam")])
+@pytest.mark.parametrize("method", [m if m == "neq" else slow(m) for m in METHODS])
 def test_resumed_equals_uninterrupted_after_any_epoch(tmp_path, method, optimizer):
     settings = [f"recipe.optimizer={{name='{optimizer}', lr=0.01, weight_decay=1e-3}}"]
     every = method == "neq" and optimizer == "SGD"
