@@ -51,7 +51,7 @@ gpu: ## tests, speed tables and epochs of cifar10 on this GPU in 10 minutes (ARG
 	$(PYTHON) tests/gpu_kit.py --results $(RESULTS) $(ARGS)
 
 # Three on two cores: many tests wait for other processes.
-test: setup ## the tests that take less than seconds each, and the docs; JOBS at a time (minutes)
+test: setup ## the tests that CI runs, the docs among them, JOBS at a time (minutes)
 	$(VENV)/bin/python -m pytest -m 'not slow' -n $(JOBS) --dist worksteal $(ARGS)
 
 test-all: setup ## all tests: those that train longer, start clusters or kill processes, too

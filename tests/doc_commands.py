@@ -49,12 +49,15 @@ def check(words):
     """Raise AssertionError, or what the command line itself raises, where a command is none."""
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
-    if not words or "/" in words[0]:
+    if not words:
         return
     for word in words[1:]:
         if word.startswith(FOLDERS):
             assert (ROOT / word).exists(), f"there is no {word}"
-    program, arguments = words[0], words[1:]
+    program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+    if "/" in program:
+        assert (ROOT / program).exists(), f"there is no {program}"
+        return
     if program in ("python", "python3", "torchrun") and "harness" in arguments:
         neqbench(arguments[arguments.index("harness") + 1 :])
     elif program in CHECKS:
@@ -85,6 +88,8 @@ def neqbench(arguments):
 def _make(arguments):
     targets = [word for word in arguments if "=" not in word and not word.startswith("-")]
     assert set(targets) <= TARGETS, f"no target {set(targets) - TARGETS}"
+    for word in re.findall(r"tests/[\w/.]+", " ".join(arguments)):
+        assert (ROOT / word).exists(), f"there is no {word}"
 
 
 def _pip(arguments):
@@ -92,7 +97,8 @@ def _pip(arguments):
         extras = re.match(r"(?:neqbench|\.)\[([\w,-]+)\]", word)
         for extra in extras[1].split(",") if extras else ():
             assert extra in PROJECT["optional-dependencies"], f"no extra {extra}"
-        assert extras or not word.startswith("neqbench") or word == "neqbench", f"no {word}"
+        named = word == "neqbench" or word.endswith(".whl") or not word.startswith("neqbench")
+        assert extras or named, f"there is no {word}"
 
 
 def _python(arguments):

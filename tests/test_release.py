@@ -16,6 +16,9 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+from harness.storage import schema
+from harness.suite import config
+
 HERE = Path(__file__).parents[1]
 PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
 VERSION = PROJECT["version"]
@@ -131,6 +134,10 @@ def test_the_citation_is_whole():
     assert [author["name"].lower() for author in citation["authors"]] == [holder.lower()]
     changes = (HERE / "CHANGELOG.md").read_text()
     assert f"\n## {VERSION} – {citation['date-released']}\n" in changes
+    assert (
+        f"numerics {config.NUMERICS}, schema {schema.VERSION}"
+        in changes.partition(f"\n## {VERSION}")[0]
+    )
     (paper,) = citation["references"]
     assert paper["url"] in (HERE / "README.md").read_text()
 

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -73,8 +74,9 @@ def runs_on() -> list[str]:
     head = f", commit {known['git_sha'][:7]}{dirty}" if commit and is_commit(commit) else ""
     versions = json.loads(known["versions"])
     named = {name: f"{name} {versions[name] or 'not installed'}" for name in PACKAGES}
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    machine = gpu.replace(", ", ", driver ") if gpu else "no NVIDIA GPU"
+    gpus = _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    counts = Counter(gpu.replace(", ", ", driver ") for gpu in gpus or ()).items()
+    machine = "; ".join(f"{n} × {gpu}" for gpu, n in counts) or "no NVIDIA GPU"
     return [
         f"{named['neqbench']}{head}",
         f"Python {versions['python']}, {platform.platform()}",
@@ -150,8 +152,14 @@ def _git(*arguments: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
+    lines = _lines(*command)
+    return None if lines is None else "".join(lines[:1])
+
+
+def _lines(*command: str) -> list[str] | None:
+    """What a command prints, without blanks around; None where it can't be run, or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().partition("\n")[0]
+    return done.stdout.strip().splitlines()
