@@ -81,6 +81,7 @@ def test_killed_and_resumed_it_is_the_same(tmp_path, whole):
     assert proof.measured == proof.counted < proof.dense
 
 
+@pytest.mark.slow
 def test_rows_stand_still_in_half_precision(tmp_path):
     """The forward of the prepared model is an attribute with an autocast, which deciding avoids."""
     kinds, rows = set(), []

@@ -394,6 +394,7 @@ def test_a_pruner_of_ones_own_may_say_what_is_left(toys, name):
         preflight([spec])
 
 
+@pytest.mark.slow
 def test_synthetic_suites_can_be_tried():
     (spec,) = specs("digits", [*BOTH, "recipe.epochs=1"], "baseline", "0", synthetic=True)
     preflight([spec])

@@ -153,6 +153,7 @@ def test_layers_not_called_or_of_other_shapes_are_undefined_and_train():
     assert freezer.frozen.tolist() == [True] * 6 + [False] * 2
 
 
+@pytest.mark.slow
 def test_at_most_256_positions_of_each_sample_count():
     """Which ones is found by changing one at a time; they are the same in each batch."""
     layer, other = (neq.NeuronIndex(nn.ModuleDict({n: nn.Conv1d(1, 2, 1)})) for n in "ab")

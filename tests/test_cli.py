@@ -216,6 +216,7 @@ def test_a_reader_that_goes_away_does_not_stop_a_run(tmp_path):
     assert trials["state"].tolist() == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_help_suites_and_plan(tmp_path, monkeypatch, neqbench):
     monkeypatch.chdir(tmp_path)
     assert "run" in neqbench("--help").stdout

@@ -115,6 +115,7 @@ def test_savings_and_seconds(neqbench, a, b):
     assert result.returncode == 1
 
 
+@pytest.mark.slow
 def test_what_is_not_comparable(neqbench, a, tmp_path):
     other = tmp_path / "other"
     for seed in range(2):

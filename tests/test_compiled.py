@@ -160,6 +160,7 @@ def test_with_the_default_backend():
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_layers_whole_from_the_entrance_on_are_one_graph_for_each_set(net):
     net.drop.p = 0.0
     call = torch.compile(net, backend="aot_eager")
@@ -338,6 +339,7 @@ def test_deciding_compiles_nothing_and_reads_the_same(net):
     assert graphs() == 0
 
 
+@pytest.mark.slow
 def test_kernels_are_timed_compiled(net):
     call = torch.compile(net, backend="aot_eager")
     inputs = torch.randn(2, 3, 6, 6)

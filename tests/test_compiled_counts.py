@@ -122,6 +122,7 @@ def test_epochs_that_compile_are_taken_again(monkeypatch):
         sides._epoch(Side(), lambda: None)
 
 
+@pytest.mark.slow
 def test_compiled_trials_are_replayed(tmp_path, monkeypatch):
     spec = small("neq", *REPLAYED)
     run(spec, tmp_path)

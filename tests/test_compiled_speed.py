@@ -332,6 +332,7 @@ SUITE = [
 ]
 
 
+@pytest.mark.slow
 def test_the_speed_of_a_suite_that_compiles(neqbench, monkeypatch):
     monkeypatch.setattr(bench, "VISIT", 1e-9)
     words = ["speed", *SUITE, "--seconds", "0", "--frozen", "0.5", "--format", "json"]

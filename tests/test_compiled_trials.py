@@ -227,6 +227,7 @@ def batches(monkeypatch):
     return sizes
 
 
+@pytest.mark.slow
 def test_each_size_of_a_batch_has_a_graph_and_keeps_it(tmp_path, folder, batches):
     """With one for all sizes a resumed trial would begin by another than it was broken off with."""
     run(pair(folder, "baseline")[0], tmp_path)
@@ -234,6 +235,7 @@ def test_each_size_of_a_batch_has_a_graph_and_keeps_it(tmp_path, folder, batches
     assert all(type(size) is int for size in batches)
 
 
+@pytest.mark.slow
 def test_a_trial_begins_without_the_graphs_of_others(tmp_path, folder, batches):
     """Beyond a few of them torch compiles a function no more."""
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -243,6 +245,7 @@ def test_a_trial_begins_without_the_graphs_of_others(tmp_path, folder, batches):
     assert batches == [40, 10] * 3
 
 
+@pytest.mark.slow
 def test_tuning_is_of_compiled_steps_and_kept_apart(tmp_path, folder, batches):
     location, found = open_location(tmp_path, "tiny"), []
     for spec in pair(folder, "neq"):

@@ -111,6 +111,7 @@ def test_one_suite_is_shown_with_all_its_methods(neqbench):
     assert "did you mean 'digits'" in neqbench("suites", "digitz").stderr
 
 
+@pytest.mark.slow
 def test_the_first_screen_of_a_report_has_the_answers(report, neqbench, mixed_results):
     everything = neqbench("report", "digits", "--results", mixed_results).stdout
     (group,) = (table.group for table in report.groups)

@@ -242,6 +242,7 @@ def test_outputs_and_gradients_are_those_without_holding(net):
     assert int(net[1].num_batches_tracked) == 1
 
 
+@pytest.mark.slow
 def test_in_a_graph_another_mask_is_no_new_graph(net):
     called = torch.compile(net, backend="aot_eager", fullgraph=True)
     freezer = neq.NeuronFreezer(called, sgd(net), neq.Everyone(), hold_statistics=True)

@@ -6,6 +6,7 @@ from fvcore.nn import FlopCountAnalysis
 from oracle import counted_by_torch
 from torch import nn
 from torch.nn import functional
+from trials import slow
 
 import neq
 from harness.flops.costs import count_costs
@@ -20,6 +21,7 @@ PUBLISHED = {
     "imagenet-swin": 30_280_413_184,
     "segmentation": 305_056_481_600,
 }
+LARGE = ("imagenet-swin", "segmentation")
 
 
 def freeze_layers(model, costs, chosen):
@@ -32,7 +34,7 @@ def freeze_layers(model, costs, chosen):
     return mask & costs.called
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["cifar10", "imagenet", *map(slow, LARGE)])
 def test_the_published_models(name):
     suite, folder = files.load_suite(name)
     parts = suite.model
@@ -156,7 +158,9 @@ def test_every_product_is_counted_as_torch_executes_it(name):
             assert costs.backward(mask).required == counted_by_torch(some, shape)[1]
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "vit_b_32", "swin_t", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v3_small", slow("vit_b_32"), slow("swin_t"), "shufflenet_v2_x0_5"]
+)
 def test_torchvision_s_models(vision, name):
     model = getattr(vision.models, name)()
     costs = count_costs(model, (3, 224, 224))

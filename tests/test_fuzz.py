@@ -112,6 +112,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_settings(path, tmp_path, neqbench):
     results = [
@@ -186,6 +187,7 @@ JSON = ["null", "[]", "3", '"x"', "{}", '{"group": 1}', '{"group": "g", "trials"
 JSON += ['{"group": "g", "trials": [1]}', '{"group": [], "trials": [{"trial": "x"}]}']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", JSON)
 def test_json_that_says_something_else(text, tmp_path, results, neqbench):
     shutil.copytree(results, tmp_path / "r")
@@ -207,6 +209,7 @@ def run_again(neqbench, root, *more):
     return neqbench(*words, *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["another trial", "another version", "no state", "other rows"])
 def test_checkpoints_that_are_whole_and_wrong(spoil, tmp_path, results, neqbench):
     """The run stops before anything of the trial is touched."""
@@ -243,6 +246,7 @@ def test_checkpoints_that_are_whole_and_wrong(spoil, tmp_path, results, neqbench
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_nothing_of_a_results_folder_is_unpickled(tmp_path, results, neqbench):
     """A checkpoint that would run code does not."""
     import hashlib

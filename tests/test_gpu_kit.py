@@ -105,6 +105,7 @@ def test_what_overruns_is_ended_and_the_others_go_on(kit):
     assert not list(made.place.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_failed_test_fails_the_call_and_so_does_one_that_hangs(kit):
     assert everything(kit("assert False")) == 1
     assert everything(made := kit("time.sleep(600)", tests_limit=2.0)) == 1
@@ -120,6 +121,7 @@ def test_with_no_time_left_nothing_is_begun(kit, monkeypatch):
     assert made.asked() == []
 
 
+@pytest.mark.slow
 def test_the_next_call_keeps_what_is_there_for_the_same_code_and_machine(kit, capsys):
     everything(kit(tables=("good", "bad")))
     capsys.readouterr()

@@ -116,6 +116,7 @@ def test_budgets_are_kept_once_velocities_exist(tmp_path):
         assert (left[2:] <= share).all()
 
 
+@pytest.mark.slow
 def test_groups_are_layers_that_stand_still_as_a_whole(tmp_path):
     spec = trial("neq-group")
     run(spec, tmp_path)

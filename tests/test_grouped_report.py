@@ -20,6 +20,8 @@ NEQ = {"kind": "neq", "eps": 1e-3, "mu": 0.5, "recursion": "paper", "gradient": 
 GROUP = NEQ | {"kind": "neq-group", "groups": "layers"}
 SAVED = {"neq": (0.20, 0.22, 0.21), "neq-group": (0.40, 0.45, 0.38), "other": (0.1, 0.1, 0.1)}
 
+pytestmark = pytest.mark.slow
+
 
 def trials(group=GROUP, **saved):
     parameters = {"neq": NEQ, "neq-group": group, "other": NEQ | {"eps": 1e-2}}
@@ -106,7 +108,6 @@ def report(tmp_path_factory):
     return load_report(stores_named([str(root / "digits")], str(root)))
 
 
-@pytest.mark.slow
 def test_in_every_form(report):
     (section,) = sections(report)
     assert any("which freezes single neurons" in answer for answer in section.answers)

@@ -156,6 +156,7 @@ def test_within_an_epoch_its_mask_goes_on(tmp_path):
     assert callback.freezer.epoch == EPOCHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_more_epochs_after_the_end(tmp_path, precision):
     whole = fitted(precision=precision)
@@ -196,6 +197,7 @@ class Proves(Callback):
         assert self.counter.get_total_flops() == proof.measured == proof.counted
 
 
+@pytest.mark.slow
 def test_frozen_rows_are_proven_and_cost_nothing():
     callback = freezing()
     proves = Proves(callback)
@@ -248,6 +250,7 @@ class Accumulates(Net):
             self.optimizers().zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Uncounted, Accumulates])
 def test_every_epoch_is_decided_on_whatever_steps_are_counted(kind):
     callback = freezing()
@@ -314,6 +317,7 @@ def test_a_search_for_a_learning_rate_within_a_fit_leaves_the_mask(tmp_path, mon
     assert callback.freezer.frozen.any()
 
 
+@pytest.mark.slow
 def test_each_fit_begins_anew_and_a_failed_one_leaves_a_plain_model():
     class Fails(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -337,6 +341,7 @@ def test_each_fit_begins_anew_and_a_failed_one_leaves_a_plain_model():
     assert copied.freezer.epoch == 4
 
 
+@pytest.mark.slow
 def test_the_mirror_package_s_trainer_takes_it(tmp_path):
     mirror = pytest.importorskip("pytorch_lightning")
 

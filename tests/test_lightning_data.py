@@ -42,6 +42,7 @@ class Mappings(Net):
         pass
 
 
+@pytest.mark.slow
 def test_batches_are_mappings_or_whatever_forward_takes():
     rows = [{"pixels": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     training, _ = loaders()

@@ -137,6 +137,7 @@ def test_a_name_that_mlflow_spells_otherwise_is_there_once(tmp_path):
     assert read(where, "loss_0_") == [(0, 1.0)]
 
 
+@pytest.mark.slow
 def test_what_is_no_number_is_left_out(where):
     logger = open_logger(where, "mine", warn=pytest.fail)
     logger.log(0, {"loss": float("nan"), "metric": None, "frozen": 1})

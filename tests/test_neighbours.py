@@ -53,6 +53,7 @@ def test_trials_see_each_other_while_they_live(tmp_path):
     assert registered(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_no_neighbour(tmp_path):
     code = (
         "import sys, tempfile, time, torch\n"
@@ -164,6 +165,7 @@ def test_no_time_verdict_above_the_bound(tmp_path):
     assert results(small("neq"), tmp_path)[1].num_rows == 5
 
 
+@pytest.mark.slow
 def test_no_time_verdict_where_trials_compile(tmp_path):
     for seed in range(2):
         run(small("baseline", seed=seed), tmp_path)

@@ -16,6 +16,7 @@ def test_resnet32_has_the_published_number_of_neurons():
     assert sizes["fc"] == 10
 
 
+@pytest.mark.slow
 def test_resnet18_swin_and_deeplab_have_the_published_numbers(vision):
     import timm
     from torchvision.models import segmentation

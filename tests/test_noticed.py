@@ -139,6 +139,7 @@ def test_an_error_of_tuning_is_not_taken_for_a_damaged_file(made, tmp_path, monk
 # Layers that are left out at random
 
 
+@pytest.mark.slow
 def test_a_run_with_layers_left_out_at_random_ends_before_it_begins(made, neqbench, tmp_path):
     folder = made("return Net(width, skip)", model="arguments = { skip = 0.2 }")
     done = neqbench("run", folder, "--results", tmp_path / "results", "--executor", "inline")
@@ -173,6 +174,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ALIKE)
 def test_a_builder_that_seeds_itself_is_refused(made, how):
     seeding, message = ALIKE[how]
@@ -208,6 +210,7 @@ WARNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WARNED)
 def test_weights_that_are_alike_without_seeding_are_a_line(made, how):
     folder, said = made(f"{WARNED[how]}    return net"), []
@@ -236,6 +239,7 @@ def test_seeding_that_no_weight_follows_from_is_nothing(made):
     assert said == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeding", ["", "torch.manual_seed(3)"])
 def test_weights_that_the_suite_gives_are_meant_to_be_alike(made, tmp_path, seeding):
     path, said = tmp_path / "weights.pt", []

@@ -42,6 +42,7 @@ ADVICE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NUMBERS)
 def test_the_numbers_of_trials_are_those_of_stored_results(tmp_path, method):
     """Kernels are fixed. Other machines round otherwise: by 1e-6 here, up to 3e-4 where that has

@@ -153,6 +153,7 @@ def evaluated(spec, weights, part):
     return float(loss), float((outputs.argmax(1) == targets).float().mean())
 
 
+@pytest.mark.slow
 def test_what_is_reported_is_of_the_weights_that_are_kept(tmp_path, toys):
     spec = toy(toys, "pruner", "recipe.epochs=3")  # it zeroes rows at the last epoch's end
     preflight([spec])
@@ -167,6 +168,7 @@ def test_what_is_reported_is_of_the_weights_that_are_kept(tmp_path, toys):
     assert accuracy == pytest.approx(last["test_metric"], abs=1e-7)
 
 
+@pytest.mark.slow
 def test_no_step_is_told_that_a_scaler_has_skipped(tmp_path, toys, monkeypatch):
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**24)  # float16 ends at 2**16
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
@@ -309,6 +311,7 @@ def test_doctor_looks_at_the_first_experiment_of_a_sweep(toys, neqbench):
     )
 
 
+@pytest.mark.slow
 def test_a_mask_that_follows_from_the_weights_is_brought_back_with_them(toys):
     """A resumed trial restores the model first."""
     text = (toys / "pruner.py").read_text()

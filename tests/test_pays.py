@@ -128,6 +128,7 @@ def test_training_goes_on_as_if_nothing_had_been(net, kind):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.slow
 def test_bytes_by_hand():
     """float32; the backward keeps the input [5, 4], the hidden [5, 16] and the output [5, 3]."""
     model, optimizer = mlp()

@@ -57,6 +57,7 @@ def state(root, spec):
     return Store(root, spec.suite.name).load_checkpoint(spec.key)["scheduler"]
 
 
+@pytest.mark.slow
 def test_the_rate_is_that_of_torchs_own_fed_with_the_validation_losses(tmp_path):
     spec = small("baseline", *QUICK)
     run(spec, tmp_path)
@@ -145,6 +146,7 @@ def test_schedules_of_iterations_are_refused_before_anything_runs():
         preflight([small("baseline", *QUICK, "recipe.schedule=iteration")])
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_is_rehearsed(toys):
     preflight([toy(toys, "regulariser", *PLATEAU)])
 

@@ -221,6 +221,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_honest_training_is_proven_and_left_as_it_was(name):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from harness.train import trial
 ONE, TWO, THREE = ("1" * 40, "2" * 40 + "+", "3" * 40)
 
 
+@pytest.mark.slow
 def test_the_commits_are_those_that_computed_epochs(tmp_path, monkeypatch):
     spec = small("baseline")
     for code, epochs in ((ONE, 2), (TWO, 4), (ONE, None), (THREE, None)):

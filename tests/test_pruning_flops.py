@@ -69,6 +69,7 @@ def test_a_pass_back_is_a_forward_but_for_the_first_layer():
     assert work.costs.derivatives(layers, 7) == 7 * work.costs.derivatives(layers)
 
 
+@pytest.mark.slow
 def test_an_exact_pass_costs_one_for_each_class(tmp_path):
     overhead = {}
     for method in ("serene", "serene-exact"):

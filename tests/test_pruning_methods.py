@@ -86,6 +86,7 @@ def test_resumed_while_shrinking_by_schedule_and_after(tmp_path):
         assert_same_results(spec, tmp_path / "through", tmp_path / str(stop))
 
 
+@pytest.mark.slow
 def test_resumed_right_after_rewinding(tmp_path):
     """Also where early weights and pruning fall on the same epoch."""
     spec = narrow("lottery", arguments="sparsity=0.8, at=0.4, rewind=0.39")
@@ -209,6 +210,7 @@ def test_random_pruning_is_as_sparse_and_other(tmp_path):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_survivors_of_the_lottery_go_back(tmp_path):
     spec = narrow("lottery")
     run(spec, tmp_path, epochs=1)
@@ -285,6 +287,7 @@ def test_methods_at_plateaus_need_validation_images():
         preflight([trial("lobster", "data.validation_size=0")])
 
 
+@pytest.mark.slow
 def test_a_layer_is_never_emptied(tmp_path):
     """What would leave it without a weight is refused and named; what was pruned before stays."""
     spec = narrow("gradual", arguments="sparsity=0.999, begin=0.2, end=0.8, shape='linear'")

@@ -284,6 +284,7 @@ def test_what_one_table_shows_another_does_not(reported):
     assert {row[1].text for row in recorded.rows if row[2].text == "1 layer"} == set(PRUNER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 110, 160])
 def test_it_fits_a_terminal(reported, monkeypatch, width):
     """With a label of 17 letters, and a difference and its interval of two digits."""
@@ -311,6 +312,7 @@ def terminal_lines(table, width):
     return console.file.getvalue().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_shows_it(reported, form):
     text = FORMS[form](reported(BASELINE, FREEZER, OWN))

@@ -39,6 +39,7 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_vgg16_is_torchvision_s_without_biases_that_batch_norm_takes_out(vision):
     theirs, ours = vision.models.vgg16_bn().features, vgg16()
     biases = sum(m.bias.numel() for m in theirs if isinstance(m, torch.nn.Conv2d))

@@ -127,6 +127,7 @@ def found(tmp_path_factory):
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
+@pytest.mark.slow
 def test_sensitivities(found):
     one, two, alone = found[0]
     for key, layers in alone.items():

@@ -50,6 +50,7 @@ def checkout(tmp_path_factory):
     return root, names
 
 
+@pytest.mark.slow
 def test_archives_hold_what_belongs_and_nothing_else(checkout, tmp_path):
     root, names = checkout
     words = (sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, root)

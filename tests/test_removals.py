@@ -147,6 +147,7 @@ def test_only_what_prunes_has_a_row(tmp_path, toys):
     assert line.startswith("removed pruner: ")
 
 
+@pytest.mark.slow
 def test_a_smaller_model_is_compared_with_that_of_the_suite(tmp_path):
     spec = narrow("smaller", "recipe.epochs=1")
     run_trial(spec, tmp_path)
@@ -183,6 +184,7 @@ class Net(ResNet):
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_can_not_be_traced_leaves_the_trial_as_it_is(tmp_path, toys):
     (toys / "net.py").write_text(UNTRACEABLE)
     table = "methods.drawn={kind='random-pruning', sparsity=0.4, end=1.0, units='neurons'}"
@@ -214,6 +216,7 @@ def test_one_that_fails_does_not_hold_up_the_others(tmp_path):
     assert sorted(rows(tmp_path)["seed"]) == [0, 2]
 
 
+@pytest.mark.slow
 def test_what_was_trained_elsewhere_is_counted_and_not_timed(tmp_path):
     spec = pruned()
     run_trial(spec, tmp_path)
@@ -302,6 +305,7 @@ def test_what_was_counted_elsewhere_is_timed_at_home(tmp_path):
     pd.testing.assert_frame_equal(rows(tmp_path), before)
 
 
+@pytest.mark.slow
 def test_a_network_that_can_not_be_exported(tmp_path, monkeypatch):
     spec = pruned()
     run_trial(spec, tmp_path)

@@ -120,6 +120,7 @@ def test_a_gate_on_seeds_that_b_knows_nothing_of(run, found):
     assert found(b, run("a"), *GATES)[0] == 0  # the other way round B knows more
 
 
+@pytest.mark.slow
 def test_in_words(run, neqbench):
     a, b = run("a"), run("b", (330, 335, 350))
     for columns in (80, 160):

@@ -231,6 +231,7 @@ def test_most_of_what_stays(kept):
     assert "3 dead neurons stay: it is an output." in text
 
 
+@pytest.mark.slow
 def test_without_any_latency_it_is_said_why(kept):
     report = kept([removal(300, None)] * 2)
     text, why = said(report), "latency was not measured: trained on another kind of machine"
@@ -291,6 +292,7 @@ def test_every_form_shows_it(whole):
     assert "Can't be removed, why: gradual 5 (layer0, layer1, layer2 and 2 more)." in said(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
 def test_it_fits_a_terminal(whole, width):
     lines = words(whole, width).splitlines()
@@ -330,6 +332,7 @@ def drawn(report, kind):
     return picture
 
 
+@pytest.mark.slow
 def test_figures(whole):
     found = row(whole, "gradual")
     (axis,) = drawn(whole, "latency").figure.axes

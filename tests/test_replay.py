@@ -289,6 +289,7 @@ def test_what_can_not_be_replayed_is_said(tmp_path, kind, column, value, says):
     assert not (tmp_path / "digits" / "replays").exists()
 
 
+@pytest.mark.slow
 def test_a_method_that_raises_does_not_end_the_run(tmp_path, monkeypatch):
     spec = small("neq", "recipe.epochs=2")
     run(spec, tmp_path)
@@ -309,6 +310,7 @@ def test_results_without_masks(tmp_path):
     assert line.endswith("its results don't hold the masks of all epochs")
 
 
+@pytest.mark.slow
 def test_what_prunes_is_passed_over(tmp_path):
     spec = small("gradual", "methods.gradual={sparsity=0.5}", "recipe.epochs=2")
     run(spec, tmp_path)

@@ -25,6 +25,8 @@ ADAM = {"name": "Adam", "lr": 1e-3, "weight_decay": 5e-4}
 TWO = ["recipe.optimizer=[{name='SGD', lr=0.05, momentum=0.9}, {name='Adam', lr=1e-3}]"]
 POINTS = ["optimizer=SGD lr=0.05 momentum=0.9", "optimizer=Adam lr=0.001"]
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_is_cifar10_with_500_images_and_two_optimizers():
     points, _ = files.load_experiments(NAME)
@@ -102,7 +104,6 @@ def marked(picture):
     return [e.get_xdata()[0] for e in axis.lines if e.get_label().startswith("_")]
 
 
-@pytest.mark.slow
 def test_both_optimizers_are_in_each_of_two_figures(swept, report):
     """Every line's values are those of the stored rows."""
     root, trials = swept
@@ -166,7 +167,6 @@ def test_drops_of_the_learning_rate_are_marked_where_all_points_have_them(report
         assert "dotted" not in picture.caption
 
 
-@pytest.mark.slow
 def test_they_stand_with_all_points_on_the_page_and_in_the_folder(swept, tmp_path, neqbench):
     root, _ = swept
     words = ["report", "digits", "--results", root, "--format", "html", "--figures", tmp_path]

@@ -79,6 +79,7 @@ SELDOM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SELDOM)
 def test_a_layer_that_is_seldom_left_out_is_found(how):
     model = Odd(lambda layer, x: x if SELDOM[how]() else layer(x))

@@ -307,6 +307,7 @@ def test_the_suites_read_these_trees(suite, tree, request):
         preflight(specs(suite, [*settings, "model.arguments.classes=20"], "neq", "0"))
 
 
+@pytest.mark.slow
 def test_scenes_of_digits():
     data = scenes.load(Data(load="a:b", validation_size=5))
     assert (len(data.train), len(data.test)) == (scenes.TRAIN, scenes.TEST)

@@ -278,6 +278,7 @@ def test_frozen_neurons_curve_like_others():
     freezer.remove()
 
 
+@pytest.mark.slow
 def test_attention():
     """Whose usual kernels have no second derivative."""
     torch.manual_seed(0)

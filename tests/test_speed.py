@@ -44,6 +44,7 @@ def row(rows, granularity, gradient, frozen):
     return found
 
 
+@pytest.mark.slow
 def test_the_rows(neqbench):
     done = neqbench("speed", *SMALL, "--frozen", "0,0.5,1", "--format", "json")
     found = json.loads(done.stdout)

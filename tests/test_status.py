@@ -60,6 +60,7 @@ def test_every_trial_has_its_state(results, neqbench):
     assert "2/5" in text
 
 
+@pytest.mark.slow
 def test_suites_are_kept_apart(tmp_path, neqbench):
     run(small("baseline"), tmp_path)
     (tmp_path / "other" / "plans").mkdir(parents=True)

@@ -249,6 +249,7 @@ def test_words_beside_a_number_make_lines_of_their_own(tmp_path):
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_a_group_can_be_a_point_of_two_sweeps(swept, tmp_path):
     shutil.copytree(swept / "digits", tmp_path / "digits")
     settings = ["methods.neq.eps=[0.01, 9]", "recipe.epochs=3", "data.validation_size=20"]

@@ -182,6 +182,7 @@ def test_a_worker_that_fails_says_why_and_ends_the_others(tmp_path, own):
     assert (row["state"], row["reason"]) == ("failed", "the disk of worker 1 is gone")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_workers_alike(tmp_path):
     spec = small("baseline", "resources.workers=2", "recipe.optimizer.lr=1e30")
     for events in together([spec], tmp_path):
@@ -260,6 +261,7 @@ def resuming(rank, folder, spec, root):
         list(attempt(spec, place, SLOT))
 
 
+@pytest.mark.slow
 def test_results_that_not_every_worker_sees(tmp_path):
     spec = small("baseline", "resources.workers=2")
     together([spec], tmp_path / "root", epochs=2)
@@ -286,6 +288,7 @@ def test_samples_are_checked_on_every_worker(world):
         assert [len(x) for x, _ in looked["test"]] == [2]
 
 
+@pytest.mark.slow
 def test_a_parameter_without_a_gradient_is_named(own):
     text = (own / "parts.py").read_text().replace("def model():", "def plain():")
     text += """
@@ -328,6 +331,7 @@ def torchrun(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_torchrun_runs_a_suite_without_ray(tmp_path):
     settings = [part for setting in SMALL for part in ("--set", setting)]
     choice = ["--methods", "baseline,neq", "--seeds", "0", "--results", tmp_path]

@@ -141,6 +141,7 @@ def test_resumed_at_any_step_it_is_the_same(tmp_path):
         assert_same(one, other)
 
 
+@pytest.mark.slow
 def test_resumed_within_an_epoch_the_optimizer_ends_the_same(tmp_path):
     """Weight decay gives frozen rows momentum, which a checkpoint holds."""
     recipe = {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.1}
@@ -177,6 +178,7 @@ def test_rows_stand_still_however_the_trainer_steps(tmp_path, options):
     watch.assert_frozen()
 
 
+@pytest.mark.slow
 def test_everything_may_be_frozen(tmp_path):
     trainer = trainer_of(tmp_path)
     callback = freezing(trainer, neq.FreezeAfter(1), exclude=[])
@@ -185,6 +187,7 @@ def test_everything_may_be_frozen(tmp_path):
     assert trainer.state.global_step == 24
 
 
+@pytest.mark.slow
 def test_deciding_leaves_no_trace(tmp_path):
     """Of a policy under which nobody freezes, collating at random included."""
 
@@ -288,6 +291,7 @@ def interrupted(folder):
     return trainer, callback
 
 
+@pytest.mark.slow
 def test_after_an_interrupt_it_goes_on(tmp_path, whole):
     trainer, callback = interrupted(tmp_path)
     trainer.train(resume_from_checkpoint=True)

@@ -47,6 +47,7 @@ def test_eval_sets_that_nobody_can_decide_on(tmp_path, data, line):
     assert type(trainer.model.classifier) is nn.Linear  # no freezer is left at work
 
 
+@pytest.mark.slow
 def test_policies_that_look_at_no_sample_need_no_eval_set(tmp_path):
     trainer = trainer_of(tmp_path, num_train_epochs=2)
     trainer.eval_dataset = None
@@ -81,6 +82,7 @@ def test_options_are_refused_before_the_training(tmp_path, options, error, line)
     assert type(trainer.model.classifier) is nn.Linear
 
 
+@pytest.mark.slow
 def test_it_wants_the_trainer_that_it_is_added_to(tmp_path):
     with pytest.raises(TypeError, match="trainer must be the Trainer, not SmallestVelocity"):
         NeuronFreezerCallback(POLICY)

@@ -7,7 +7,18 @@ import numpy
 import pandas as pd
 import pytest
 import torch
-from trials import METHODS, SLOT, WIDE, assert_same_results, keep_tuning, results, run, same, small
+from trials import (
+    METHODS,
+    SLOT,
+    WIDE,
+    assert_same_results,
+    keep_tuning,
+    results,
+    run,
+    same,
+    slow,
+    small,
+)
 
 from harness.run.attempt import attempt
 from harness.run.events import Halted, Started
@@ -15,10 +26,6 @@ from harness.storage.owner import Owner
 from harness.storage.provenance import Slot
 from harness.storage.schema import EpochRecord, Failure
 from harness.storage.store import Store
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def records(events):

@@ -75,6 +75,7 @@ def run(spec, root, epochs=None):
             events.close()
 
 
+@pytest.mark.slow
 def test_a_trial_uses_it_and_keeps_its_own(tmp_path, monkeypatch):
     """Other choices, made later in the same folder, change nothing for a trial that has begun."""
     spec = small("neq")
@@ -100,6 +101,7 @@ def test_a_trial_uses_it_and_keeps_its_own(tmp_path, monkeypatch):
     assert (epochs["backward_flops_executed"] == epochs["backward_flops_required"]).all()
 
 
+@pytest.mark.slow
 def test_cut_is_named_and_counted(tmp_path):
     spec = small("neq-cut")
     keep_tuning(spec, tmp_path)

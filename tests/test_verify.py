@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_flops import MODELS, _Apply
 from torch import nn
+from trials import slow
 
 import neq
 from harness.flops.costs import count_costs
@@ -59,8 +60,8 @@ def test_small_models(name, gradient):
         ("mobilenet_v3_small", False),
         ("shufflenet_v2_x0_5", False),
         ("regnet_x_400mf", False),
-        ("vit_b_32", False),
-        ("swin_t", True),
+        slow("vit_b_32", False),
+        slow("swin_t", True),
     ],
 )
 def test_torchvision_s_models(vision, name, unmapped, gradient):

@@ -115,6 +115,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_found_before_the_first_step(toys, what):
     changes, message = WRONG[what]
@@ -123,6 +124,7 @@ def test_what_is_wrong_is_found_before_the_first_step(toys, what):
     assert "method pruner" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_wrong_input_is_one_line_and_exit_2(toys, neqbench, tmp_path):
     altered(toys, "pruner", ("def measures(self)", "def measures(self, epoch)"))
     done = neqbench("run", toys, "--executor", "inline", "--results", tmp_path / "r")

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from rich.console import Console
 
@@ -46,6 +47,11 @@ METHODS = ["baseline", "neq", "neq-reference", "random", "smallest_velocity", "f
 MEASURED = {"peak_memory_bytes", "energy_joules", "other_load", "code", "fixed_neurons"}
 SLOT = Slot(gpu=False, sharing=1)
 PATIENCE = 600  # seconds for another process, unless it hangs: a busy machine is no failure
+
+
+def slow(*values):
+    """Of a parametrized test, what `make test` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def wait_for(happens):
