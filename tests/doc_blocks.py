@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import doc_commands
@@ -20,15 +21,13 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, RawFencedCodeBlockLexer
 
 INFO = re.compile(r'(?P<language>\S*)(?: title="(?P<title>[^"\n]+)")?[ \t]*$\n', re.MULTILINE)
-SHOWN_ONLY = {"toml", "yaml", "json", "html", "bibtex", "text"}
+SHOWN_ONLY = {"toml", "yaml", "json", "html", "bibtex"}
 MEASURED = "<!-- measured -->"
 NOT_RUN = re.compile(r"<!-- not run: .+ -->$")
 PATIENCE = 240
 
 FENCES = RawFencedCodeBlockLexer(INFO)
 HIDDEN = DirectiveInHTMLCommentLexer("invisible-code-block", "python|console")
-
-
 BLOCK = re.compile(r"^ *(```\S|<!-- *invisible)", re.MULTILINE)
 
 
@@ -44,9 +43,9 @@ def examples(path):
 
 def _parse(document):
     for region in FENCES(document):
-        before = document.text[: region.start].rstrip().rpartition("\n")[2].strip()
+        before = _before(document, region).rpartition("\n")[2].strip()
         title, language = region.lexemes["title"], region.lexemes["language"]
-        evaluate = _written if title else EVALUATORS.get(language)
+        evaluate = partial(_written, Path(title)) if title else EVALUATORS.get(language)
         if language == "python" and NOT_RUN.match(before):
             evaluate = _compiled
         if evaluate is None:
@@ -58,14 +57,15 @@ def _parse(document):
         yield Region(region.start, region.end, region.lexemes["source"], evaluate)
 
 
+def _before(document, region):
+    return document.text[: region.start].rstrip()
+
+
 def _measured(example):
-    before = example.document.text[: example.region.start].rstrip()
-    return before.endswith(MEASURED)
+    return _before(example.document, example.region).endswith(MEASURED)
 
 
-def _written(example):
-    title = re.search(r'title="([^"]+)"', example.document.text[example.region.start :])[1]
-    file = Path(title)
+def _written(file, example):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(example.parsed, encoding="utf-8")
 
@@ -83,8 +83,7 @@ def _executed(example):
 
 def _text(example):
     """What the Python before it has printed; else only words, and nothing is compared."""
-    before = example.document.text[: example.region.start].rstrip()
-    before = before.removesuffix(MEASURED).rstrip()
+    before = _before(example.document, example.region).removesuffix(MEASURED).rstrip()
     if before.endswith("```") and "_printed" in example.namespace:
         agree(example.parsed, example.namespace.pop("_printed"), _measured(example))
 
@@ -124,7 +123,7 @@ def _checked(example):
 
 
 EVALUATORS = {
-    **dict.fromkeys(SHOWN_ONLY - {"text"}, lambda example: None),
+    **dict.fromkeys(SHOWN_ONLY, lambda example: None),
     "text": _text,
     "python": _executed,
     "console": _run,

@@ -40,19 +40,24 @@ def test_oldest_is_the_lower_bound_and_the_pin_is_in_the_range(requirement):
     assert pins("constraints.txt")[name] in requirement.specifier
 
 
-@pytest.mark.parametrize("lack", ["_get_trace_graph", "script"])
-def test_without_torch_jit_one_line_says_why_nothing_is_counted(monkeypatch, lack):
+@pytest.fixture
+def unloaded(monkeypatch):
+    """fvcore is not imported yet."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "fvcore"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("lack", ["_get_trace_graph", "script"])
+def test_without_torch_jit_one_line_says_why_nothing_is_counted(monkeypatch, lack):
     monkeypatch.delattr(torch.jit, lack)
     with pytest.raises(UserError, match=r"FLOPs can't be counted: .*torch\.jit") as error:
         count_costs(nn.Sequential(nn.Linear(3, 2)), (3,))
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("unloaded")
 def test_without_fvcore_it_says_what_to_install(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "fvcore"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
     with pytest.raises(UserError, match=r"fvcore.*is not installed; pip install fvcore"):
         count_costs(nn.Sequential(nn.Linear(3, 2)), (3,))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from doc_commands import TARGETS
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def workflow(path):
